@@ -1,0 +1,68 @@
+"""`TokenParallelKVConnector`: vLLM's NIXL pull connector for engines whose KV cache is divided among token-parallel
+ranks.
+
+Scheduler side
+    update_state_after_alloc     notes which rank owns the blocks of a request to be pulled
+    build_connector_meta         orders the pulls, with their owners
+    update_connector_output      keeps the records of finished pulls
+Worker side
+    start_load_kv                the owner starts its pulls; nobody else does, and nothing passes through the root
+    get_transfer_results         the owner reports what is done
+    build_connector_worker_meta  and how long it took
+
+The protocol on the wire is that of vLLM's NixlConnector (pull mode), so that a stock prefill engine feeds a
+token-parallel decode engine unchanged. The same class serves as `kv_producer` on prefill engines, where it adds what
+makes NIXL live with few cores. Select it with `--kv-transfer-config '{"kv_connector": "TokenParallelKVConnector",
+"kv_connector_module_path": "kv_transfer.connector", ...}'`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
+
+from kv_transfer.metadata import TransferReport
+from kv_transfer.metrics import TransferMetrics, TransferStats
+from kv_transfer.scheduler import TokenParallelConnectorScheduler
+from kv_transfer.worker import TokenParallelConnectorWorker
+from tknp.common.partition import get_partition
+
+
+class TokenParallelKVConnector(NixlPullConnector):
+    """See the module."""
+
+    connector_scheduler: TokenParallelConnectorScheduler | None
+    connector_worker: TokenParallelConnectorWorker | None
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        # Past NixlPullConnector's own, which would make vLLM's two halves.
+        NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        self._tensor_parallel_size: int = vllm_config.parallel_config.tensor_parallel_size
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            self.connector_worker = TokenParallelConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+
+    def get_finished_count(self) -> int | None:
+        """Workers that report a request as done: those of the rank that owns it. None stands for all."""
+        return self._tensor_parallel_size if get_partition() is not None else None
+
+    def build_connector_worker_meta(self) -> TransferReport | None:
+        return None if self.connector_worker is None else self.connector_worker.take_report()
+
+    @property
+    def kv_bytes_received(self) -> int:
+        """Bytes of KV that this worker has pulled since it started."""
+        return 0 if self.connector_worker is None else self.connector_worker.kv_bytes_received
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TransferStats:
+        return TransferStats() if data is None else TransferStats(data=data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> TransferMetrics:
+        return TransferMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,74 @@
+"""What travels between the scheduler's half of the connector and the workers' halves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What a request's pull needs beyond vLLM's ReqMeta.
+
+    Attributes:
+        owner: token-parallel rank whose cache the blocks belong to.
+        num_readers: how often the offered KV will be read, once for each of the `n` sequences of the client's request;
+            the prefill engine frees its blocks after the last.
+    """
+
+    owner: int
+    num_readers: int
+
+
+class TokenParallelConnectorMetadata(NixlConnectorMetadata):
+    """One step's orders, the same for all workers of the engine."""
+
+    def __init__(self, base: NixlConnectorMetadata, pulls: dict[str, Pull], idle: bool) -> None:
+        """Args:
+        base: vLLM's own, whose content is taken over.
+        pulls: by request id, for each of `base.reqs_to_recv`.
+        idle: nothing is computed in this step; it only polls transfers.
+        """
+        self.__dict__.update(base.__dict__)
+        self.pulls = pulls
+        self.idle = idle
+
+
+@dataclass(frozen=True)
+class TransferRecord:
+    """One request's KV on its way from prefill to the owning rank; times in seconds since the epoch, of the decode
+    host."""
+
+    rank: int
+    kv_bytes: int
+    num_transfers: int
+    transfer_begin: float
+    transfer_end: float
+
+    def merged_with(self, other: TransferRecord) -> TransferRecord:
+        """The sum, where a rank's tensor-parallel workers each pull a part or a request has several sequences; these
+        may live on several ranks, of which the last is named."""
+        return TransferRecord(
+            rank=other.rank,
+            kv_bytes=self.kv_bytes + other.kv_bytes,
+            num_transfers=self.num_transfers + other.num_transfers,
+            transfer_begin=min(self.transfer_begin, other.transfer_begin),
+            transfer_end=max(self.transfer_end, other.transfer_end),
+        )
+
+
+@dataclass
+class TransferReport(KVConnectorWorkerMetadata):
+    """The pulls that ended in a step, by request id."""
+
+    records: dict[str, TransferRecord] = field(default_factory=dict)
+
+    def aggregate(self, other: Any) -> TransferReport:
+        merged = dict(self.records)
+        for request_id, record in other.records.items():
+            known = merged.get(request_id)
+            merged[request_id] = record if known is None else known.merged_with(record)
+        return TransferReport(merged)

@@ -1,0 +1,92 @@
+"""The scheduler's half of the connector: decides, with the block pools, which rank each request's KV belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.logger import init_logger
+
+from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferRecord
+from tknp.common.partition import get_partition
+
+logger = init_logger(f"vllm.{__name__}")
+
+REQUEST_ID_PARAM = "tknp_request_id"
+"""Key in `kv_transfer_params` under which the router names the request; transfer records are kept under it."""
+NUM_READERS_PARAM = "tknp_num_readers"
+"""Key in `kv_transfer_params`: the `n` of the client's request."""
+
+_CHILD = re.compile(r"\d+_")
+
+_MAX_RECORDS = 4096
+"""Transfer records kept for whoever asks; the oldest go first."""
+
+
+def _num_readers(request_id: str, params: dict[str, Any]) -> int:
+    # vLLM splits a request with `n` sequences into children called `<index>_<id>` (v1/engine/parallel_sampling.py);
+    # each reads the offered KV. One that it refuses before the split, to let the prefill engine go, speaks for all of
+    # them.
+    num_readers = params.get(NUM_READERS_PARAM, 1)
+    # It comes in over HTTP: nonsense must not end the engine.
+    return num_readers if isinstance(num_readers, int) and num_readers > 0 and _CHILD.match(request_id) else 1
+
+
+class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
+    """vLLM's pull scheduler, with an owner for every pull."""
+
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._partition = get_partition()
+        self._owners: dict[str, int] = {}
+        self._names: dict[str, str] = {}
+        self.records: OrderedDict[str, TransferRecord] = OrderedDict()
+
+    def on_new_request(self, request: Any) -> None:
+        params = request.kv_transfer_params
+        if self._partition is not None and params and params.get("do_remote_decode"):
+            # Ranks that keep KV for others would each report it, but the engine listens to a request's owner only.
+            logger.warning("request %s wants its KV cache kept, which a decode engine does not do", request.request_id)
+            request.kv_transfer_params = None
+        super().on_new_request(request)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if self._partition is not None and request.request_id in self._reqs_need_recv:
+            # Prefix hits are among the blocks, so that a request whose KV is all here already has an owner too.
+            owner = self._partition.rank_of_all(b.block_id for group in blocks.blocks for b in group)
+            self._owners[request.request_id] = owner or 0
+
+    def build_connector_meta(self, scheduler_output: Any) -> TokenParallelConnectorMetadata:
+        params = {r: request.kv_transfer_params or {} for r, (request, *_) in self._reqs_need_recv.items()}
+        base = super().build_connector_meta(scheduler_output)
+        pulls = {}
+        for request_id, meta in base.reqs_to_recv.items():
+            if any(meta.local_block_ids):
+                self._names[request_id] = str(params[request_id].get(REQUEST_ID_PARAM, request_id))
+            pulls[request_id] = Pull(
+                # A request that is aborted before it got blocks has none to fill, but exactly one rank must tell the
+                # prefill engine that it can let its KV go: the root.
+                owner=self._owners.pop(request_id, 0),
+                num_readers=_num_readers(request_id, params[request_id]),
+            )
+        return TokenParallelConnectorMetadata(base, pulls, idle=scheduler_output.total_num_scheduled_tokens == 0)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        super().update_connector_output(connector_output)
+        report = connector_output.kv_connector_worker_meta
+        for request_id, record in (report.records if report is not None else {}).items():
+            # Several sequences of one client request (`n`) count together, and so do tensor-parallel workers.
+            name = self._names.get(request_id, request_id)
+            known = self.records.get(name)
+            self.records[name] = record if known is None else known.merged_with(record)
+            if len(self.records) > _MAX_RECORDS:
+                self.records.popitem(last=False)
+        for request_id in connector_output.finished_recving or ():
+            self._names.pop(request_id, None)
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        self._owners.pop(request.request_id, None)
+        return super().request_finished(request, block_ids)  # type: ignore[no-any-return]
