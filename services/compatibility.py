@@ -1,0 +1,25 @@
+"""What must be equal for a decode engine to read a prefill engine's KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def kv_traits(vllm_config: Any) -> dict[str, str]:
+    """Name -> value, as `GET /kv_traits` answers on engines of both kinds, so that a router can tell what does not
+    fit before it sends anything.
+
+    These are what an operator can get wrong among the factors of vLLM's own check at the handshake
+    (distributed/kv_transfer/kv_connector/v1/nixl/metadata.py, compute_nixl_compatibility_hash), which has the last
+    word. Tensor-parallel sizes, numbers of blocks and token-parallel sizes may differ.
+    """
+    from vllm import __version__
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return {
+        "vLLM version": __version__.split("+")[0],
+        "model": str(model.model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "KV cache dtype": str(cache.cache_dtype),
+        "hybrid KV cache manager": "off" if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager else "on",
+    }

@@ -1,0 +1,42 @@
+"""The decode service: a vLLM engine that pulls the KV cache of prompts and divides it among token-parallel ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
+
+
+def run_decode(
+    model: str,
+    host: str,
+    port: int,
+    token_parallel_size: int = 1,
+    side_channel_port: int | None = None,
+    vllm_args: Sequence[str] = (),
+) -> None:
+    """Serves until the process is told to end. Without a prefill pool it is an ordinary OpenAI server, which prefills
+    itself.
+
+    Args:
+        model: path or hub id.
+        host, port: of the OpenAI server.
+        token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
+        side_channel_port: see `run_prefill`; None picks a free port.
+        vllm_args: further options of vLLM's server, by vLLM's names.
+
+    Raises:
+        UnsupportedConfigurationError: an option cannot be combined with token parallelism.
+    """
+    from services.decode.token_parallel.options import TokenParallelOptions
+
+    options = TokenParallelOptions(token_parallel_size)
+    tensor_parallel_size = int(option_value(vllm_args, "--tensor-parallel-size") or option_value(vllm_args, "-tp") or 1)
+    device = prepare_environment(host, side_channel_port, tensor_parallel_size * token_parallel_size)
+
+    from services.decode.token_parallel.engine_args import engine_args
+
+    additional_config = json.loads(option_value(vllm_args, "--additional-config") or "{}")
+    vllm_args = [*kv_transfer_option("kv_consumer", device, vllm_args), *vllm_args]
+    serve(model, host, port, vllm_args, engine_args(options, additional_config))

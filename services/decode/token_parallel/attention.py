@@ -1,0 +1,171 @@
+"""Wraps the attention backend that vLLM chose, so that the rows of a batch are attended to where their KV cache lives.
+
+The wrapper is made of subclasses of the platform's own backend, builder and implementation, so that everything that
+vLLM asks them still holds. On the root, rows of other ranks are sent to their owners and their outputs put back in
+row order; on a KV worker the same subclasses attend to the rows that arrive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from services.decode.token_parallel.context import TokenParallelContext, get_context
+from services.decode.token_parallel.rows import RowLayout
+from services.decode.token_parallel.step import RootStep
+
+
+class NoLocalRows:
+    """Stands for the metadata of a step in which the root owns no row: builders don't take zero requests."""
+
+
+def wrap_backend(inner: type[Any], module: str) -> type[Any]:
+    """A subclass of the attention backend `inner` that splits batches by owner.
+
+    Args:
+        module: where vLLM will look the class up again by its name (platforms/cuda.py turns it back into a path).
+    """
+    backend_builder = _wrap_builder(inner.get_builder_cls())
+    backend_impl = _wrap_impl(inner.get_impl_cls(), updates_cache_in_forward=inner.forward_includes_kv_cache_update)
+
+    class TokenParallelBackend(inner):
+        # The layer then leaves writing the cache to our forward, which knows whose rows are whose
+        # (model_executor/layers/attention/attention.py, Attention.forward).
+        forward_includes_kv_cache_update = True
+
+        @staticmethod
+        def get_builder_cls() -> type[Any]:
+            return backend_builder
+
+        @staticmethod
+        def get_impl_cls() -> type[Any]:
+            return backend_impl
+
+    TokenParallelBackend.__module__ = module
+    TokenParallelBackend.__qualname__ = inner.get_name()
+    return TokenParallelBackend
+
+
+def _wrap_builder(inner: type[Any]) -> type[Any]:
+    class TokenParallelBuilder(inner):
+        # Ours differs per KV cache group, so one group's metadata cannot be patched into another's.
+        supports_update_block_table = False
+        # Our forward exchanges rows with other processes, which a FULL graph of this process alone cannot hold.
+        _cudagraph_support = AttentionCGSupport.NEVER
+
+        def build_rows(self, common_attn_metadata: Any) -> Any:
+            """Metadata for rows that are all this rank's own."""
+            metadata = super().build(0, common_attn_metadata)
+            metadata.token_parallel_slots = common_attn_metadata.slot_mapping
+            return metadata
+
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            context = get_context()
+            if context is None or not context.live:
+                return self.build_rows(common_attn_metadata)
+            step = context.root_step(common_attn_metadata)
+            group = context.group_of_layer[self.layer_names[0]]
+            metadata: Any = self.build_rows(step.local_metadata[group]) if step.local_metadata else NoLocalRows()
+            metadata.token_parallel_step = step
+            return metadata
+
+    return TokenParallelBuilder
+
+
+def _wrap_impl(inner: type[Any], updates_cache_in_forward: bool) -> type[Any]:
+    class TokenParallelImpl(inner):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # KV workers make the same layer from these (layers.py).
+            self.token_parallel_args = (args, kwargs)
+
+        def attend_rows(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor | None,
+            value: torch.Tensor | None,
+            metadata: Any,
+            output: torch.Tensor,
+        ) -> None:
+            """Writes the cache and attends, for rows that are all this rank's own.
+
+            Args:
+                query, output: `[num_rows, num_heads, head_size]`.
+                key, value: `[num_rows, num_kv_heads, head_size]`; None for a layer that reads another layer's cache.
+            """
+            if not updates_cache_in_forward and self.kv_sharing_target_layer_name is None:
+                self.do_kv_cache_update(layer, key, value, layer.kv_cache, metadata.token_parallel_slots)
+            super().forward(layer, query, key, value, layer.kv_cache, metadata, output)
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor | None,
+            value: torch.Tensor | None,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            output_scale: torch.Tensor | None = None,
+            output_block_scale: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            step = getattr(attn_metadata, "token_parallel_step", None)
+            if attn_metadata is None:  # a profiling run, which attends to nothing
+                super().forward(layer, query, key, value, kv_cache, None, output)
+            elif step is None:
+                self.attend_rows(layer, query, key, value, attn_metadata, output)
+            else:
+                context = get_context()
+                assert context is not None
+                _forward_by_owner(self, context, step, layer, (query, key, value), attn_metadata, output)
+            return output
+
+        # Fused operations would write the whole batch into the root's cache.
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_mrope_kvcache_supported(self) -> bool:
+            return False
+
+    return TokenParallelImpl
+
+
+def _forward_by_owner(
+    impl: Any,
+    context: TokenParallelContext,
+    step: RootStep,
+    layer: Any,
+    qkv: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    metadata: Any,
+    output: torch.Tensor,
+) -> None:
+    """The root's part of one layer: remote rows go out first, so that their owners work while the root attends to its
+    own."""
+    step.enter_layer(layer.layer_name)
+    layout = RowLayout.of(layer)
+    remote = [(rank, rows) for rank, rows in enumerate(step.rows) if rank and len(rows)]
+    sending = context.transport.start(sends=[(layout.pack(*qkv, rows), rank) for rank, rows in remote])
+
+    local = step.rows[0]
+    if len(local):
+        query, key, value = (None if t is None else t.index_select(0, local) for t in qkv)
+        attended = output.new_empty((len(local), *output.shape[1:]))
+        impl.attend_rows(layer, query, key, value, metadata, attended)
+        output.index_copy_(0, local, attended)
+
+    # Not before: on a GPU a receive holds up everything behind it on the stream.
+    arriving = [(layout.empty_output(len(rows), output), rank) for rank, rows in remote]
+    with context.clock.waiting():
+        context.transport.wait(context.transport.start(recvs=arriving))
+        context.transport.wait(sending)
+    for (_, rows), (attended, _) in zip(remote, arriving, strict=True):
+        output.index_copy_(0, rows, attended.view(len(rows), *output.shape[1:]))

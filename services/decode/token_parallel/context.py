@@ -1,0 +1,101 @@
+"""What a worker process knows about its place in token-parallel attention, shared by worker, builders and attention
+layers.
+
+vLLM makes attention backends from their class names, so they cannot be handed anything; like vLLM's own process
+groups, the context of this process is kept here. A process holds one worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.decode.token_parallel.batch import Batch
+from services.decode.token_parallel.step import RootStep
+from services.decode.token_parallel.transport import Transport
+
+
+@dataclass
+class WorkClock:
+    """Seconds that this rank spent, since it started.
+
+    On a device that works asynchronously these are host seconds; see docs/metrics.md.
+    """
+
+    step_seconds: float = 0.0
+    """In steps that ran the model."""
+    wait_seconds: float = 0.0
+    """Of those, waiting for other ranks' rows: on the root for attention outputs, on a KV worker for queries."""
+    num_steps: int = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.step_seconds += time.perf_counter() - started
+        self.num_steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.wait_seconds += time.perf_counter() - started
+
+
+@dataclass
+class TokenParallelContext:
+    """State of one rank.
+
+    Attributes:
+        rank: token-parallel rank; 0 is the root.
+        batch: the live requests, once the KV cache exists.
+        group_of_layer: KV cache group index of each attention layer's name, in the order in which the model runs them.
+        row_request_ids: on the root, the request of each row of a batch, in row order, from its
+            CommonAttentionMetadata.
+        live: whether the forward pass that runs is a step of real requests; profiling and warm-up stay on the root.
+    """
+
+    rank: int
+    size: int
+    transport: Transport
+    batch: Batch | None = None
+    group_of_layer: dict[str, int] = field(default_factory=dict)
+    row_request_ids: Callable[[Any], list[str]] | None = None
+    live: bool = False
+    clock: WorkClock = field(default_factory=WorkClock)
+    _step: RootStep | None = None
+
+    @contextmanager
+    def live_step(self) -> Iterator[None]:
+        """Marks the forward passes inside as a step of real requests."""
+        self.live, self._step = True, None
+        try:
+            with self.clock.step():
+                yield
+        finally:
+            self.live, self._step = False, None
+
+    def root_step(self, common_attn_metadata: Any) -> RootStep:
+        """The step that runs; made from the first KV cache group's metadata and shared by all groups and layers."""
+        if self._step is None:
+            assert self.batch is not None and self.row_request_ids is not None
+            requests = self.row_request_ids(common_attn_metadata)
+            self._step = RootStep.plan(self.batch, requests, common_attn_metadata, iter(self.group_of_layer))
+        return self._step
+
+
+_context: TokenParallelContext | None = None
+
+
+def set_context(context: TokenParallelContext | None) -> None:
+    """Called by the worker when its device is ready."""
+    global _context
+    _context = context
+
+
+def get_context() -> TokenParallelContext | None:
+    """This process's context; None in a process that is not a token-parallel worker."""
+    return _context

@@ -1,0 +1,110 @@
+"""What an engine's server tells beyond vLLM's own routes. A vLLM endpoint plugin.
+
+`GET /token_parallel`, the state of a decode engine's ranks, and metrics; `GET /kv_traits`, on prefill engines too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+
+from services.compatibility import kv_traits
+from services.decode.token_parallel.options import TokenParallelOptions
+from services.decode.token_parallel.rank_metrics import RankMetrics, efficiency_between
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+POLL_SECONDS = 2.0
+"""How often the ranks are asked for the metrics; one short call to each worker."""
+
+
+class RankStatus:
+    """Asks the engine, and keeps the last answers to compute rates from."""
+
+    def __init__(self, engine_client: Any, options: TokenParallelOptions, tensor_parallel_size: int) -> None:
+        self._engine = engine_client
+        self._options = options
+        self._tensor_parallel_size = tensor_parallel_size
+        self._metrics = RankMetrics()
+        self._previous: list[dict[str, Any]] | None = None
+        self._efficiency: float | None = None
+        self._poller = asyncio.create_task(self._poll()) if options.size > 1 else None
+
+    async def read(self) -> dict[str, Any]:
+        """The body of `GET /token_parallel`."""
+        return {
+            "token_parallel_size": self._options.size,
+            "tensor_parallel_size": self._tensor_parallel_size,
+            "efficiency": self._efficiency,
+            "ranks": await self._ranks(),
+        }
+
+    async def transfer(self, request_id: str) -> dict[str, Any] | None:
+        """The record of one request's KV transfer; None where there was none, or it is long ago."""
+        if self._options.size == 1:
+            return None
+        record: dict[str, Any] | None = (
+            await self._engine.collective_rpc("token_parallel_transfer", args=(request_id,))
+        )[0]
+        return record
+
+    async def _ranks(self) -> list[dict[str, Any]]:
+        if self._options.size == 1:
+            return []
+        return list(await self._engine.collective_rpc("token_parallel_status"))
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                ranks = await self._ranks()
+            except Exception as error:  # noqa: BLE001 - whatever it was, the next poll may work
+                if self._engine.errored:
+                    return
+                logger.warning("token parallelism: the ranks could not be asked for metrics: %s", error)
+                continue
+            if self._previous is not None:
+                efficiency = efficiency_between(self._previous, ranks)
+                # Without a step in between the last value stands.
+                self._efficiency = self._efficiency if efficiency is None else efficiency
+            self._previous = ranks
+            self._metrics.update(ranks, self._efficiency)
+
+
+class TokenParallelEndpoint:
+    """Entry point `vllm.endpoint_plugins`; see vllm/plugins/endpoint_plugins/interface.py."""
+
+    name = "tknp"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.add_api_route("/kv_traits", _read_kv_traits, methods=["GET"])
+        app.add_api_route("/token_parallel", _read, methods=["GET"])
+        app.add_api_route("/token_parallel/requests/{request_id}", _read_transfer, methods=["GET"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        options = TokenParallelOptions.of(args)
+        state.kv_traits = kv_traits(engine_client.vllm_config)
+        state.token_parallel = RankStatus(engine_client, options, args.tensor_parallel_size)
+
+
+async def _read_kv_traits(request: Request) -> dict[str, str]:
+    traits: dict[str, str] = request.app.state.kv_traits
+    return traits
+
+
+async def _read(request: Request) -> dict[str, Any]:
+    status: RankStatus = request.app.state.token_parallel
+    return await status.read()
+
+
+async def _read_transfer(request: Request, request_id: str) -> dict[str, Any]:
+    status: RankStatus = request.app.state.token_parallel
+    record = await status.transfer(request_id)
+    if record is None:
+        raise HTTPException(404, f"no KV transfer of a request {request_id!r} is known here")
+    return {"request_id": request_id, **record}

@@ -1,0 +1,30 @@
+"""The vLLM engine options that switch token parallelism on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from services.decode.token_parallel.options import TokenParallelOptions
+
+_PACKAGE = "services.decode.token_parallel"
+
+
+def engine_args(options: TokenParallelOptions, additional_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Keyword arguments for vLLM's `EngineArgs`; none where `options.size` is 1, which is plain vLLM.
+
+    Args:
+        additional_config: the user's own, which ours is added to.
+    """
+    if options.size == 1:
+        return {}
+    from vllm.platforms import current_platform
+
+    # vLLM takes async scheduling from the scheduler's base class; it is always off on CPU.
+    scheduler = "TokenParallelScheduler" if current_platform.is_cpu() else "AsyncTokenParallelScheduler"
+    return {
+        "worker_cls": f"{_PACKAGE}.worker.TokenParallelWorker",
+        "scheduler_cls": f"{_PACKAGE}.scheduler.{scheduler}",
+        "distributed_executor_backend": f"{_PACKAGE}.executor.TokenParallelExecutor",
+        "additional_config": {**(additional_config or {}), **options.as_config()},
+    }

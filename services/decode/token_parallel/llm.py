@@ -1,0 +1,42 @@
+"""Offline inference with token parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm import LLM
+
+from services.decode.token_parallel.engine_args import engine_args
+from services.decode.token_parallel.options import TokenParallelOptions
+
+
+class TokenParallelLLM(LLM):
+    """vLLM's `LLM` on `tensor_parallel_size * token_parallel_size` workers.
+
+    >>> llm = TokenParallelLLM(model="...", tensor_parallel_size=2, token_parallel_size=4)
+    >>> llm.generate(["Hello"])
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        token_parallel_size: int = 1,
+        blocks_per_rank: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Args:
+        token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
+        blocks_per_rank: KV blocks of each rank, root first; by default what each rank's memory holds.
+        kwargs: vLLM's own.
+
+        Raises:
+            UnsupportedConfigurationError: something in `kwargs` cannot be combined with token parallelism.
+        """
+        options = TokenParallelOptions(token_parallel_size, tuple(blocks_per_rank) if blocks_per_rank else None)
+        super().__init__(model=model, **{**kwargs, **engine_args(options, kwargs.get("additional_config"))})
+
+    def token_parallel_status(self) -> list[dict[str, Any]]:
+        """What each worker reports: rank, KV blocks in all and free, requests, bytes of parameters and of KV cache."""
+        return list(self.collective_rpc("token_parallel_status"))

@@ -1,0 +1,111 @@
+"""The token-parallel settings of a vLLM engine, and what cannot be combined with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Where the settings travel in vLLM's configuration: `--additional-config '{"token_parallel": {...}}'` reaches every
+# process.
+CONFIG_KEY = "token_parallel"
+
+
+class UnsupportedConfigurationError(ValueError):
+    """Token parallelism was asked for together with something that it does not cover."""
+
+
+@dataclass(frozen=True)
+class TokenParallelOptions:
+    """Settings of token parallelism.
+
+    Attributes:
+        size: number of token-parallel ranks; 1 means plain vLLM.
+        blocks_per_rank: KV blocks of each rank, root first; None gives every rank what its memory holds.
+    """
+
+    size: int = 1
+    blocks_per_rank: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UnsupportedConfigurationError(f"--token-parallel-size is {self.size}; it must be at least 1")
+        if self.blocks_per_rank is not None and len(self.blocks_per_rank) != self.size:
+            raise UnsupportedConfigurationError(
+                f"blocks_per_rank names {len(self.blocks_per_rank)} ranks, but --token-parallel-size is {self.size}"
+            )
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> TokenParallelOptions:
+        """The options in a `VllmConfig`; the defaults where it holds none."""
+        additional = getattr(vllm_config, "additional_config", None)
+        given = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+        if not given:
+            return cls()
+        blocks = given.get("blocks_per_rank")
+        return cls(size=int(given["size"]), blocks_per_rank=tuple(blocks) if blocks else None)
+
+    def as_config(self) -> dict[str, Any]:
+        """The value for `--additional-config`."""
+        config: dict[str, Any] = {"size": self.size}
+        if self.blocks_per_rank is not None:
+            config["blocks_per_rank"] = list(self.blocks_per_rank)
+        return {CONFIG_KEY: config}
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Raises UnsupportedConfigurationError, naming every reason, where token parallelism is not covered by a test."""
+    found = [name for name, present in _reasons(vllm_config).items() if present]
+    if found:
+        raise UnsupportedConfigurationError(
+            f"token parallelism does not support {'; '.join(found)}. Use --token-parallel-size 1, or switch it off."
+        )
+
+
+def _reasons(vllm_config: Any) -> dict[str, bool]:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    return {
+        "decode context parallelism (--decode-context-parallel-size > 1)": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism (--prefill-context-parallel-size > 1)": parallel.prefill_context_parallel_size > 1,
+        "pipeline parallelism (--pipeline-parallel-size > 1)": parallel.pipeline_parallel_size > 1,
+        "data parallelism inside one engine (--data-parallel-size > 1); start several engines": (
+            parallel.data_parallel_size > 1
+        ),
+        "several nodes (--nnodes > 1)": parallel.nnodes > 1,
+        "elastic expert parallelism": bool(parallel.enable_elastic_ep),
+        "micro-batching (--enable-dbo)": bool(parallel.enable_dbo),
+        "--worker-extension-cls": bool(parallel.worker_extension_cls),
+        "sleep mode": bool(model.enable_sleep_mode),
+        "encoder-decoder models": bool(model.is_encoder_decoder),
+        "multimodal models": bool(model.is_multimodal_model),
+        "pooling models": model.runner_type == "pooling",
+        "Mamba or linear attention": bool(model.is_hybrid or model.is_attention_free),
+        "multi-head latent attention (MLA)": bool(model.use_mla),
+        "--max-model-len auto, which would be fitted to the sum of the ranks; give the number of tokens": (
+            model.original_max_model_len == -1
+        ),
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "priority scheduling (--scheduling-policy priority)": scheduler.policy != "fcfs",
+        "--kv-sharing-fast-prefill": bool(cache.kv_sharing_fast_prefill),
+        "KV cache offloading (--kv-offloading-size)": bool(cache.kv_offloading_size),
+        "a quantised KV cache (--kv-cache-dtype) on GPUs": (
+            cache.cache_dtype.startswith(("fp8", "int8", "nvfp4")) and vllm_config.device_config.device_type != "cpu"
+        ),
+        "host-resident sparse attention": vllm_config.attention_config.hisparse_config is not None,
+        "reference sliding-window attention": model.rswa_window is not None,
+        "this KV connector, only TokenParallelKVConnector as kv_consumer and without bidirectional_kv_xfer": (
+            not _knows_ranks(vllm_config.kv_transfer_config)
+        ),
+    }
+
+
+def _knows_ranks(kv_transfer_config: Any) -> bool:
+    # Any other connector would take the scheduler's global block ids for local ones on every rank.
+    if kv_transfer_config is None:
+        return True
+    extra = kv_transfer_config.get_from_extra_config
+    if kv_transfer_config.kv_connector == "DecodeBenchConnector":  # fills whole caches, for benchmarks
+        return bool(extra("startup_fill", False))
+    is_ours = kv_transfer_config.kv_connector == "TokenParallelKVConnector"
+    return is_ours and kv_transfer_config.kv_role == "kv_consumer" and not extra("bidirectional_kv_xfer", False)

@@ -1,0 +1,110 @@
+"""The worker class that vLLM starts in every process of a token-parallel engine (`--worker-cls`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from services.decode.token_parallel.batch import Batch
+from services.decode.token_parallel.context import TokenParallelContext
+from services.decode.token_parallel.group import join_group
+from services.decode.token_parallel.kv_worker import KVWorker
+from services.decode.token_parallel.layers import attention_layers, describe_layers
+from services.decode.token_parallel.status import block_report, worker_status
+from tknp.common.partition import RankPlace, set_place
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+
+class TokenParallelWorker:
+    """Makes a `RootWorker` for the first T ranks and a `KVWorker` for the others: vLLM takes one class for all of
+    them."""
+
+    def __new__(cls, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> Any:
+        num_root_workers = vllm_config.parallel_config.tensor_parallel_size
+        chosen = RootWorker if rank < num_root_workers else KVWorker
+        return chosen(vllm_config, local_rank, rank, *args, **kwargs)
+
+
+class RootWorker(PlatformWorker):
+    """vLLM's own worker, whose attention layers send the rows of other ranks' requests to them."""
+
+    context: TokenParallelContext
+
+    def init_device(self) -> None:
+        super().init_device()
+        self._group, self.context = join_group(self.vllm_config, self.local_rank)
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        self._group.broadcast_object(describe_layers(self.vllm_config), src=0)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        place = RankPlace(self.context.rank, kv_cache_config.token_parallel_partition)
+        set_place(place)
+        super().initialize_from_config(kv_cache_config)
+        groups = kv_cache_config.kv_cache_groups
+        self.context.batch = Batch(
+            place,
+            [group.kv_cache_spec.block_size for group in groups],
+            self.model_config.max_model_len,
+            self.device,
+        )
+        group_of = {name: i for i, group in enumerate(groups) for name in group.layer_names}
+        layers = attention_layers(self.vllm_config)
+        self.context.group_of_layer = {
+            name: group_of[layer.kv_sharing_target_layer_name or name] for name, layer in layers.items()
+        }
+        self.context.row_request_ids = self._row_request_ids
+
+    def _row_request_ids(self, common_attn_metadata: Any) -> list[str]:
+        runner = self.model_runner
+        if self.use_v2_model_runner:
+            ids = runner.req_states.index_to_req_id
+            return [ids[i] for i in common_attn_metadata.req_idx.tolist()]
+        return list(runner.input_batch.req_ids)
+
+    def compile_or_warm_up_model(self) -> Any:
+        # Model Runner V2 warms up by executing invented SchedulerOutputs (v1/worker/gpu/warmup.py), which concern
+        # nobody else.
+        self._warming_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._warming_up = False
+
+    _warming_up = False
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self._warming_up:
+            return super().execute_model(scheduler_output)
+        assert self.context.batch is not None
+        self.context.batch.update(scheduler_output)
+        scheduler_output = self._own_block_work(scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
+            return super().execute_model(scheduler_output)
+        with self.context.live_step():
+            return super().execute_model(scheduler_output)
+
+    def _own_block_work(self, scheduler_output: Any) -> Any:
+        """Leaves out the blocks to zero that lie on other ranks: their ids are past the end of this rank's cache."""
+        to_zero = scheduler_output.new_block_ids_to_zero
+        if not to_zero:
+            return scheduler_output
+        num_blocks = self.cache_config.num_gpu_blocks
+        return dataclasses.replace(scheduler_output, new_block_ids_to_zero=[i for i in to_zero if i < num_blocks])
+
+    def token_parallel_status(self) -> dict[str, Any]:
+        """This worker's part of `GET /token_parallel`."""
+        model = self.model_runner.get_model()
+        parameters = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        return worker_status(self.context, attention_layers(self.vllm_config), parameters)
+
+    def token_parallel_blocks(self) -> dict[str, Any]:
+        """See `KVWorker.token_parallel_blocks`."""
+        return block_report(self.context, attention_layers(self.vllm_config))

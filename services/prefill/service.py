@@ -1,0 +1,24 @@
+"""The prefill service: a vLLM engine that computes the KV cache of prompts and keeps it until a decode engine has
+pulled it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
+
+
+def run_prefill(
+    model: str, host: str, port: int, side_channel_port: int | None = None, vllm_args: Sequence[str] = ()
+) -> None:
+    """Serves until the process is told to end.
+
+    Args:
+        model: path or hub id.
+        host, port: of the OpenAI server; decode engines reach the engine at `host` too.
+        side_channel_port: where decode engines ask for this engine's memory layout; None picks a free port.
+        vllm_args: further options of vLLM's server, by vLLM's names.
+    """
+    num_workers = int(option_value(vllm_args, "--tensor-parallel-size") or option_value(vllm_args, "-tp") or 1)
+    device = prepare_environment(host, side_channel_port, num_workers)
+    serve(model, host, port, [*kv_transfer_option("kv_producer", device, vllm_args), *vllm_args])
