@@ -1,0 +1,152 @@
+"""The engines, what is known of each, and the choice among those that can serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from router.errors import EngineFailure, FailureKind, ModelNotFound, NoEngine
+from router.fit import misfit
+from router.types import Endpoint, JsonObject, Role
+
+if TYPE_CHECKING:
+    from router.policy import Policy
+    from router.types import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 5  # about what an engine that was restarted in place needs to answer again, at best
+
+
+class Engine:
+    """One engine: whether it is up, the models it serves, and the requests it has from us."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.is_up = False
+        self.down_reason = "not checked yet"
+        self.models: dict[str, JsonObject] = {}  # name -> vLLM's model card
+        self.kv_traits: dict[str, str] = {}  # what must be equal on both sides of a hand-off; empty if it does not tell
+        self.num_outstanding = 0
+        self.num_chosen = 0
+        self.suspected = asyncio.Event()  # wakes the health check before its time
+
+    def mark_up(self, models: dict[str, JsonObject], kv_traits: dict[str, str]) -> None:
+        self.models, self.kv_traits = models, kv_traits
+        if not self.is_up:
+            self.is_up, self.down_reason = True, ""
+            logger.info("%s engine %s is up and serves %s", self.endpoint.role, self.endpoint.name, ", ".join(models))
+
+    def mark_down(self, reason: str) -> None:
+        if self.is_up:
+            logger.warning("%s engine %s is down: %s", self.endpoint.role, self.endpoint.name, reason)
+        self.is_up, self.down_reason = False, reason
+
+    def suspect(self, failure: EngineFailure) -> None:
+        """A request failed here. A connection that is refused is proof enough; anything else is checked at once."""
+        if failure.kind is FailureKind.REFUSED:
+            self.mark_down(failure.detail)
+        self.suspected.set()
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Counts a request as outstanding for as long as the block runs, however it ends."""
+        self.num_outstanding += 1
+        self.num_chosen += 1
+        try:
+            yield
+        finally:
+            self.num_outstanding -= 1
+
+
+class EnginePool:
+    """All engines of both roles, and the policy of each role."""
+
+    def __init__(self, endpoints: Sequence[Endpoint], policies: dict[Role, Policy]) -> None:
+        self.engines = [Engine(endpoint) for endpoint in endpoints]
+        self._policies = policies
+
+    def of(self, role: Role) -> list[Engine]:
+        return [engine for engine in self.engines if engine.endpoint.role is role]
+
+    def alive(self, role: Role, model: str) -> list[Engine]:
+        return [e for e in self.engines if e.is_up and e.endpoint.role is role and model in e.models]
+
+    def choose(
+        self, role: Role, request: GenerationRequest, tried: Collection[Endpoint], prefilled_by: Engine | None = None
+    ) -> Engine | None:
+        """An engine that serves the request's model and was not tried for it, or None when every one alive was.
+
+        A decode engine is one that can read the KV cache of `prefilled_by`; a prefill engine one whose KV cache some
+        decode engine alive can read. Raises NoEngine when there is none at all.
+        """
+        engines = self.alive(role, request.model)
+        if not engines:
+            raise self._no_engine(role, request.model)
+        if role is Role.PREFILL:
+            decode = self.alive(Role.DECODE, request.model)
+            if not decode:
+                raise self._no_engine(Role.DECODE, request.model)
+            engines = [p for p, _ in self._fitting_pairs(engines, decode)]
+        elif prefilled_by is not None:
+            engines = [d for _, d in self._fitting_pairs([prefilled_by], engines)]
+        untried = [engine for engine in engines if engine.endpoint not in tried]
+        return self._policies[role](untried, request) if untried else None
+
+    def require(self, model: str, roles: Collection[Role]) -> None:
+        """Raises ModelNotFound or NoEngine unless each of the roles has an engine alive for the model."""
+        known = {
+            name for engine in self.of(Role.DECODE) for name in engine.models
+        }  # a dead engine's too: that is a 503
+        if known and model not in known:
+            raise ModelNotFound(
+                f"The model {model!r} is not served here; use one of: {', '.join(sorted(known))}.", param="model"
+            )
+        for role in roles:
+            if not self.alive(role, model):
+                raise self._no_engine(role, model)
+        if Role.PREFILL in roles:
+            self._fitting_pairs(self.alive(Role.PREFILL, model), self.alive(Role.DECODE, model))
+
+    def models(self) -> dict[str, JsonObject]:
+        """Name -> model card of everything that a decode engine alive serves."""
+        return {name: card for e in self.of(Role.DECODE) if e.is_up for name, card in e.models.items()}
+
+    def missing(self) -> list[str]:
+        """What stands between this pool and its first token; empty when a request can be served."""
+        faults = [f"no {role} engine is up" for role in Role if not any(e.is_up for e in self.of(role))]
+        if not faults:
+            prefilled = {name for e in self.of(Role.PREFILL) if e.is_up for name in e.models}
+            both = prefilled & self.models().keys()
+            if not both:
+                faults.append("no model is served by both a prefill and a decode engine")
+            for model in both:
+                try:
+                    self.require(model, tuple(Role))
+                except NoEngine as error:
+                    faults.append(error.message)
+        return faults
+
+    def _fitting_pairs(self, prefill: Sequence[Engine], decode: Sequence[Engine]) -> list[tuple[Engine, Engine]]:
+        """Those that can hand a KV cache over. Raises NoEngine, with what differs, if engines there are but no pair."""
+        pairs = [(p, d) for p in prefill for d in decode]
+        fitting = [(p, d) for p, d in pairs if misfit(p, d) is None]
+        if pairs and not fitting:
+            raise NoEngine(
+                f"No decode engine can read a prefill engine's KV cache: {misfit(*pairs[0])}. "
+                "Start both with the same model and settings.",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+        return fitting
+
+    def _no_engine(self, role: Role, model: str) -> NoEngine:
+        engines = self.of(role)
+        num_up = sum(engine.is_up for engine in engines)
+        state = f"{num_up} of {len(engines)} {role} engines are up" + (f", none serves {model!r}" if num_up else "")
+        return NoEngine(
+            f"No {role} engine can take the request: {state}. Retry in {RETRY_AFTER_SECONDS} s.",
+            retry_after=RETRY_AFTER_SECONDS,
+        )

@@ -1,0 +1,134 @@
+"""What can go wrong with a request, each with its HTTP status and OpenAI error type, and the one translator."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import orjson
+
+from router.types import Outcome
+
+if TYPE_CHECKING:
+    from router.types import Endpoint
+
+
+class RouterError(Exception):
+    """An error that a client gets to read: one sentence with what was wrong, the numbers, and what to do."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+    outcome = Outcome.FAILED
+    closes_connection = False  # a body that was not read to its end leaves no place for another request
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"connection", b"close")] if self.closes_connection else []
+
+
+class InvalidRequest(RouterError):
+    status, type, code, outcome = 400, "invalid_request_error", "invalid_value", Outcome.INVALID
+
+
+class ModelNotFound(InvalidRequest):
+    status, code = 404, "model_not_found"
+
+
+class NotFound(InvalidRequest):
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status, code = 405, "method_not_allowed"
+
+
+class BodyTimeout(InvalidRequest):
+    status, code, closes_connection = 408, "request_timeout", True
+
+
+class BodyTooLarge(InvalidRequest):
+    status, code, closes_connection = 413, "request_too_large", True
+
+
+class HeadersTooLarge(InvalidRequest):
+    status, code, closes_connection = 431, "headers_too_large", True
+
+
+class NoEngine(RouterError):
+    status, type, code, outcome = 503, "service_unavailable_error", "no_engine_available", Outcome.UNAVAILABLE
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after  # s
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"retry-after", str(self.retry_after).encode())]
+
+
+class ClientStalled(RouterError):
+    """The client does not take what it is sent; it will hardly read this either."""
+
+    status, code, outcome = 408, "client_stalled", Outcome.CANCELLED
+
+
+class ShuttingDown(RouterError):
+    status, type, code = 503, "service_unavailable_error", "router_shutting_down"
+
+
+class EngineRejected(RouterError):
+    """An engine's own 4xx. Its status and body pass through: they hold the engine's numbers."""
+
+    type, code, outcome = "invalid_request_error", "engine_rejected", Outcome.REJECTED
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(f"The engine refused the request with status {status}: {body[:500].decode(errors='replace')}")
+        self.status = status
+        self.body = body
+
+
+class FailureKind(StrEnum):
+    REFUSED = "refused"  # nobody listens there
+    CONNECT_TIMEOUT = "connect_timeout"  # nobody accepted in time: the engine's host is overloaded, or this one is
+    DISCONNECT = "disconnect"  # the connection broke, or the answer ended early
+    STATUS = "status"  # a 5xx
+    TIMEOUT = "timeout"
+    GARBAGE = "garbage"  # an answer that is not what vLLM sends
+
+
+class EngineFailure(RouterError):
+    """An engine did not do its part. Another one may; when none is left, the client reads this as 502 or 504."""
+
+    def __init__(self, endpoint: Endpoint, kind: FailureKind, detail: str) -> None:
+        super().__init__(f"The {endpoint.role} engine {endpoint.name} failed: {detail}. Please retry the request.")
+        self.endpoint = endpoint
+        self.kind = kind
+        self.detail = detail
+        timed_out = kind in (FailureKind.TIMEOUT, FailureKind.CONNECT_TIMEOUT)
+        self.status = 504 if timed_out else 502
+        self.code = "engine_timeout" if timed_out else "engine_failure"
+        self.outcome = Outcome.TIMEOUT if timed_out else Outcome.FAILED
+
+    @property
+    def reached_engine(self) -> bool:
+        """False if it is certain that the engine got nothing of the request."""
+        return self.kind not in (FailureKind.REFUSED, FailureKind.CONNECT_TIMEOUT)
+
+
+def error_body(error: RouterError) -> bytes:
+    """OpenAI's error body."""
+    if isinstance(error, EngineRejected) and error.body.lstrip().startswith(b'{"error"'):
+        return error.body
+    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return orjson.dumps({"error": fields})
+
+
+def error_event(error: RouterError) -> bytes:
+    """The same as a server-sent event, for a stream that already has its 200."""
+    return b"data: " + error_body(error) + b"\n\n"

@@ -1,0 +1,87 @@
+"""The hot route: one POST that wants tokens.
+
+A plain ASGI object, because FastAPI's own routing and streaming cost as much as everything else together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from router.body import ClientGone, read_body
+from router.errors import RouterError, ShuttingDown
+from router.handoff import Handoff
+from router.hangup import run_until_hang_up
+from router.lifetime import Moment, RequestRecord
+from router.reply import Reply
+from router.types import Outcome, Role
+from router.validation import check_length, parse_request
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from router.state import RouterState
+    from router.types import Api, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+TRACE_HEADERS = (b"traceparent", b"tracestate")  # W3C trace context: the only headers of the client's that engines see
+
+
+class GenerationRoute:
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state: RouterState = scope["app"].state.router
+        record = RequestRecord(scope["state"]["request_id"], self._api)
+        reply = Reply(send)
+        state.records.begin(record)
+        try:
+            await self._answer(state, record, reply, scope, receive)
+        finally:
+            record.status = reply.status
+            state.finish(record)
+
+    async def _answer(
+        self, state: RouterState, record: RequestRecord, reply: Reply, scope: Scope, receive: Receive
+    ) -> None:
+        try:
+            request = await self._accept(state, record, scope, receive)
+            if await run_until_hang_up(Handoff(state.fleet, request, record, reply).run(), receive):
+                record.outcome = Outcome.OK
+            else:
+                _end(record, Outcome.CANCELLED, "the client hung up")
+        except ClientGone:
+            _end(record, Outcome.CANCELLED, "the client hung up while it sent its body")
+        except RouterError as error:
+            _end(record, error.outcome, error.message)
+            if error.outcome is not Outcome.CANCELLED:
+                await reply.fail(error)
+        except asyncio.CancelledError:
+            shutdown = ShuttingDown("The router is shutting down. Please retry the request.")
+            _end(record, Outcome.FAILED, shutdown.message)
+            await reply.fail(shutdown)
+        except Exception as error:
+            logger.exception("request %s failed for a reason that is the router's own", record.id)
+            _end(record, Outcome.FAILED, repr(error))
+            await reply.fail(RouterError("The router failed. The log of the router says why, under this request's id."))
+
+    async def _accept(
+        self, state: RouterState, record: RequestRecord, scope: Scope, receive: Receive
+    ) -> GenerationRequest:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        raw = await read_body(headers, receive, state.settings.max_body_bytes, state.settings.body_timeout)
+        trace = tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
+        request = parse_request(self._api, raw, record.id, trace)
+        record.model, record.stream, record.local_prefill = request.model, request.stream, request.local_prefill
+        roles = (Role.DECODE,) if request.local_prefill else tuple(Role)
+        state.pool.require(request.model, roles)
+        check_length(request, state.pool.models()[request.model])
+        return request
+
+
+def _end(record: RequestRecord, outcome: Outcome, error: str) -> None:
+    record.outcome, record.error = outcome, error
+    record.mark(Moment.CANCELLED if outcome is Outcome.CANCELLED else Moment.FAILED)

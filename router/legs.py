@@ -1,0 +1,65 @@
+"""The bodies of a request's two legs: the client's, changed as little as vLLM's NIXL pull protocol needs.
+
+The prefill engine computes one token and keeps the KV cache under a lease; the `kv_transfer_params` that it answers
+with go to the decode engine, which pulls the cache and ends the lease.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from router.types import GenerationRequest, JsonObject
+
+# Meant for the answer, which is the decode leg's. `logprob_token_ids` is refused by vLLM without `logprobs`; and a
+# seeded request whose prefill is chunked kills vLLM 0.32.0 on CPU ("CPU Generator does not use offset").
+ANSWER_FIELDS = ("seed", "stream_options", "min_tokens", "logprobs", "top_logprobs", "logprob_token_ids")
+
+REMOTE_DECODE: JsonObject = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+def prefill_body(request: GenerationRequest) -> bytes:
+    """One token, not streamed, with the KV cache kept."""
+    body = {name: value for name, value in request.body.items() if name not in ANSWER_FIELDS}
+    body.update(stream=False, max_tokens=1, n=1, kv_transfer_params=REMOTE_DECODE)
+    if "max_completion_tokens" in body:
+        body["max_completion_tokens"] = 1
+    return orjson.dumps(body)
+
+
+def kv_params(reply: bytes) -> JsonObject | None:
+    """The `kv_transfer_params` of a prefill engine's answer, None if it kept nothing.
+
+    Raises ValueError if the answer is not a JSON object.
+    """
+    parsed: Any = orjson.loads(reply)
+    if not isinstance(parsed, dict):
+        raise ValueError("not a JSON object")
+    params = parsed.get("kv_transfer_params")
+    return params if isinstance(params, dict) and params else None
+
+
+def decode_body(request: GenerationRequest, params: JsonObject | None) -> bytes:
+    """The client's body as it is, with where to pull the KV cache from, or without for a local prefill."""
+    if params is None:
+        return orjson.dumps(request.body)
+    marked = {**params, "tknp_request_id": request.id, "tknp_num_readers": request.num_choices}
+    return orjson.dumps({**request.body, "kv_transfer_params": marked})
+
+
+def release_body(params: JsonObject) -> bytes:
+    """A request that a decode engine refuses at once, and by that tells the prefill engine to free the KV cache.
+
+    vLLM notifies the prefill side of every request with `kv_transfer_params` that its serving layer turns down
+    (GenerateBaseServing._with_kv_transfer_rejection_cleanup); an unknown model is the cheapest reason.
+    """
+    return orjson.dumps({"model": "tknp-release-kv", "prompt": "-", "max_tokens": 1, "kv_transfer_params": params})

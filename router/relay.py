@@ -1,0 +1,121 @@
+"""An engine's answer on its way to the client, byte for byte.
+
+Of a stream nothing is kept but an event that has not ended yet: an engine that dies in the middle of one then leaves
+the client a stream of whole events, to which the error can be added.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from router.errors import EngineFailure, EngineRejected, FailureKind
+from router.lifetime import Moment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import aiohttp
+
+    from router.lifetime import RequestRecord
+    from router.reply import Reply
+    from router.types import Endpoint
+
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+DONE = b"data: [DONE]"
+ERROR = b'data: {"error"'  # JSON escapes the quotes, so no token's text can hold this
+MAX_PARTIAL_BYTES = 2**20  # an event longer than this is passed on in parts
+
+
+async def relay_whole(
+    response: aiohttp.ClientResponse, endpoint: Endpoint, reply: Reply, record: RequestRecord
+) -> None:
+    """An answer that is not streamed. Nothing is sent before all of it is here, so a failure can still be retried."""
+    body = await response.read()
+    if not (body.startswith(b"{") and body.rstrip().endswith(b"}")):
+        raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object")
+    record.mark(Moment.LAST_TOKEN)
+    record.num_chunks = 1
+    await reply.whole(200, body, [])
+
+
+class StreamRelay:
+    """One stream of server-sent events."""
+
+    def __init__(
+        self, endpoint: Endpoint, reply: Reply, record: RequestRecord, observe_gap: Callable[[float], None]
+    ) -> None:
+        self._endpoint = endpoint
+        self._reply = reply
+        self._record = record
+        self._observe_gap = observe_gap
+        self._partial = b""
+        self._tail = b""
+
+    async def run(self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, gap_limit: float) -> None:
+        """Until the engine's end of stream. `limit` is pushed ahead by `gap_limit` seconds at every chunk.
+
+        Raises EngineFailure if the stream ends without [DONE], and the error that an event of the engine's reports.
+        """
+        if response.content_type != "text/event-stream":
+            raise EngineFailure(self._endpoint, FailureKind.GARBAGE, f"it sent {response.content_type}, not a stream")
+        now = asyncio.get_running_loop().time
+        before = renew_at = 0.0
+        while data := await response.content.readany():
+            at = now()
+            if at >= renew_at:  # moving a timer costs more than the rest of this loop, so it moves in steps
+                limit.reschedule(at + 1.1 * gap_limit)
+                renew_at = at + 0.1 * gap_limit
+            events = self._whole_events(data)
+            if b"data:" not in events:  # a comment that keeps the connection alive is no token
+                if events and self._reply.started:
+                    await self._reply.chunk(events)
+                continue
+            if before:
+                self._observe_gap(at - before)
+            before = at
+            await self._pass_on(events)
+        if self._partial or not self._tail.rstrip().endswith(DONE):
+            raise EngineFailure(self._endpoint, FailureKind.DISCONNECT, "its stream ended early")
+        self._record.mark(Moment.LAST_TOKEN)
+
+    async def _pass_on(self, events: bytes) -> None:
+        error = None
+        if ERROR in events:
+            at = events.index(ERROR)
+            events, error = events[:at], self._reported(events[at:])
+        if events:
+            if not self._reply.started:
+                self._record.mark(Moment.FIRST_TOKEN)
+                await self._reply.start_stream()
+            self._record.num_chunks += 1
+            self._tail = events if len(events) > 64 else self._tail[-64:] + events
+            await self._reply.chunk(events)
+        if error is not None:
+            raise error
+
+    def _whole_events(self, data: bytes) -> bytes:
+        """The events that end in `data`; what follows the last of them is kept for the next call."""
+        if not self._partial and data.endswith(EVENT_ENDS):
+            return data
+        data = self._partial + data
+        end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in EVENT_ENDS)
+        if len(data) - end > MAX_PARTIAL_BYTES:
+            end = len(data)
+        self._partial = data[end:]
+        return data[:end]
+
+    def _reported(self, event: bytes) -> EngineFailure | EngineRejected:
+        """The error in an event: vLLM sends its 200 before it knows. Before the first token it becomes a status."""
+        raw = event.removeprefix(b"data: ").split(b"\n", 1)[0].rstrip()
+        try:
+            body: Any = orjson.loads(raw)
+            code = body["error"].get("code")
+            message = str(body["error"].get("message"))
+        except (ValueError, TypeError, AttributeError):
+            code, message = None, "unreadable"
+        if isinstance(code, int) and 400 <= code < 500:
+            return EngineRejected(code, raw)
+        return EngineFailure(self._endpoint, FailureKind.STATUS, f"it reported: {message[:300]}")

@@ -1,0 +1,64 @@
+"""The client's side of one request, over ASGI."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from router.errors import error_body, error_event
+
+if TYPE_CHECKING:
+    from starlette.types import Send
+
+    from router.errors import RouterError
+
+
+class Reply:
+    """Either one whole answer, or a stream of server-sent events."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None  # None until the client got something
+        self.is_sending = False  # True while the client does not take what it is sent
+
+    @property
+    def started(self) -> bool:
+        return self.status is not None
+
+    async def whole(
+        self, status: int, body: bytes, headers: list[tuple[bytes, bytes]], content_type: bytes = b"application/json"
+    ) -> None:
+        await self._start(
+            status, [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *headers]
+        )
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def start_stream(self) -> None:
+        # x-accel-buffering: nginx would otherwise collect events before it passes them on.
+        await self._start(
+            200,
+            [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+            ],
+        )
+
+    async def chunk(self, data: bytes) -> None:
+        self.is_sending = True
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self.is_sending = False
+
+    async def end_stream(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: RouterError) -> None:
+        """The error as the answer, or as the stream's last event if its 200 is out already."""
+        if not self.started:
+            await self.whole(error.status, error_body(error), error.headers)
+            return
+        await self.chunk(error_event(error))
+        await self.end_stream()
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})

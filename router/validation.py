@@ -1,0 +1,134 @@
+"""What a request must look like before anything of it reaches an engine.
+
+Only fields that the router or the hand-off depends on, and those whose bad values are easy to name, are checked. Every
+other field passes through untouched: the engine knows best.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from router.errors import InvalidRequest
+from router.fields import (
+    INT64,
+    check_bool,
+    check_int,
+    check_messages,
+    check_number,
+    check_prompt,
+    check_stop,
+    refuse,
+)
+from router.types import Api, GenerationRequest, JsonObject, LocalPrefill
+
+MAX_NUM_CHOICES = 128  # OpenAI's limit
+# Both name hosts that an engine then connects to, so only the router may set them.
+ROUTER_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+
+
+def parse_request(
+    api: Api, raw: bytes, request_id: str, trace_headers: tuple[tuple[str, str], ...] = ()
+) -> GenerationRequest:
+    """Raises InvalidRequest."""
+    body = _parse_json(raw)
+    _refuse_router_fields(body)
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        refuse("model", "the name of a model", model)
+    stream = check_bool(body, "stream")
+    _check_stream_options(body, stream)
+    num_choices = check_int(body, "n", 1, MAX_NUM_CHOICES) or 1
+    _check_sampling(body)
+    local_prefill = _check_completion(body) if api is Api.COMPLETIONS else _check_chat(body)
+    return GenerationRequest(
+        request_id, api, body, model, stream, num_choices, local_prefill or _common_local_prefill(body), trace_headers
+    )
+
+
+def check_length(request: GenerationRequest, card: JsonObject) -> None:
+    """Refuses more output tokens than the model's context holds: vLLM's own rule, before a prefill is spent on it."""
+    limit = card.get("max_model_len")
+    for name in ("max_completion_tokens", "max_tokens"):
+        wanted = request.body.get(name)
+        if isinstance(limit, int) and isinstance(wanted, int) and wanted > limit:
+            raise InvalidRequest(
+                f"{name} is {wanted}, but the model's context holds {limit} tokens, prompt included. Ask for fewer.",
+                param=name,
+            )
+
+
+def _parse_json(raw: bytes) -> JsonObject:
+    try:
+        body: Any = orjson.loads(raw)
+        if isinstance(body, dict):
+            orjson.dumps(body)  # what parses can be too deep to be written again: it must be, for each leg
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", param=None) from error
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"The body must be a JSON object, not {type(body).__name__}.")
+    return body
+
+
+def _refuse_router_fields(body: JsonObject) -> None:
+    extra = body.get("vllm_xargs")  # vLLM merges these into the same place
+    for name in ROUTER_FIELDS:
+        if name in body or (isinstance(extra, dict) and name in extra):
+            raise InvalidRequest(f"{name} is set by the router and can't be part of a request. Remove it.", param=name)
+
+
+def _check_stream_options(body: JsonObject, stream: bool) -> None:
+    options = body.get("stream_options")
+    if options is None:
+        return
+    if not isinstance(options, dict):
+        refuse("stream_options", "an object", options)
+    if not stream:
+        raise InvalidRequest("stream_options needs stream=true.", param="stream_options")
+
+
+def _check_sampling(body: JsonObject) -> None:
+    check_number(body, "temperature", 0, 2)
+    check_number(body, "top_p", 0, 1, low_is_allowed=False)
+    check_number(body, "presence_penalty", -2, 2)
+    check_number(body, "frequency_penalty", -2, 2)
+    check_int(body, "seed", -INT64)
+    check_int(body, "min_tokens", 0)
+    check_int(body, "prompt_logprobs", -1)
+    check_int(body, "truncate_prompt_tokens", -1)
+    check_stop(body)
+
+
+def _check_completion(body: JsonObject) -> LocalPrefill | None:
+    echo = check_bool(body, "echo")
+    # vLLM takes max_tokens=0 with echo only: the prompt comes back, nothing is generated.
+    max_tokens = check_int(body, "max_tokens", 0 if echo else 1)
+    logprobs = check_int(body, "logprobs", -1)
+    embeds = body.get("prompt_embeds")
+    if embeds is not None:
+        return LocalPrefill.PROMPT_EMBEDS
+    if check_prompt(body.get("prompt")) > 1:
+        return LocalPrefill.SEVERAL_PROMPTS
+    if echo and logprobs is not None:
+        return LocalPrefill.ECHO_LOGPROBS
+    return LocalPrefill.NO_GENERATION if max_tokens == 0 else None
+
+
+def _check_chat(body: JsonObject) -> LocalPrefill | None:
+    check_messages(body.get("messages"))
+    check_int(body, "max_tokens", 1)
+    check_int(body, "max_completion_tokens", 1)
+    check_bool(body, "logprobs")
+    check_int(body, "top_logprobs", -1)
+    return None
+
+
+def _common_local_prefill(body: JsonObject) -> LocalPrefill | None:
+    if body.get("prompt_logprobs") is not None:
+        return LocalPrefill.PROMPT_LOGPROBS
+    if body.get("use_beam_search"):
+        return LocalPrefill.BEAM_SEARCH
+    if (check_int(body, "best_of", 1) or 1) > 1:
+        return LocalPrefill.BEST_OF
+    return LocalPrefill.TRUNCATION if body.get("truncate_prompt_tokens") == -1 else None
