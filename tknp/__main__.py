@@ -1,0 +1,3 @@
+from tknp.cli import main
+
+main()
