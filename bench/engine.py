@@ -1,0 +1,90 @@
+"""Measures one engine at a full context, without prefilling: `python -m bench.engine '<json of EngineJob>' out.jsonl`.
+
+The KV cache is filled with noise when it is allocated (vLLM's DecodeBenchConnector), so that every step is a decode
+step of the whole batch at the given context.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.shapes import SHAPES
+
+_WARM_UP_TOKENS, _TOKENS = 8, 128
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """One engine, several batch sizes."""
+
+    shape: str
+    context: int
+    tensor_parallel_size: int
+    token_parallel_size: int
+    batches: tuple[int, ...]
+
+    def as_argument(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    job = EngineJob(**{**given, "batches": tuple(given["batches"])})
+    llm = _start(job)
+    for batch in job.batches:
+        _intervals(llm, batch, job.context, _WARM_UP_TOKENS)
+        # Seconds between steps in which every request got a token.
+        result = {"batch": batch, "intervals": _intervals(llm, batch, job.context, _TOKENS)}
+        with Path(sys.argv[2]).open("a") as results:
+            results.write(json.dumps(result) + "\n")
+
+
+def _start(job: EngineJob) -> Any:
+    from services.decode.token_parallel.llm import TokenParallelLLM
+
+    return TokenParallelLLM(
+        str(SHAPES[job.shape].write_config(Path(tempfile.mkdtemp()) / job.shape)),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        tensor_parallel_size=job.tensor_parallel_size,
+        token_parallel_size=job.token_parallel_size,
+        max_model_len=job.context + 512,
+        max_num_seqs=max(job.batches),
+        max_num_batched_tokens=16_384,
+        gpu_memory_utilization=0.9,
+        enable_prefix_caching=False,
+        kv_transfer_config={
+            "kv_connector": "DecodeBenchConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"startup_fill": True},
+        },
+    )
+
+
+def _intervals(llm: Any, batch: int, context: int, num_tokens: int) -> list[float]:
+    """Seconds between consecutive steps that both gave every request a token."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+    for number in range(batch):
+        prompt = {"prompt_token_ids": [(number * 7 + j * 13) % 400 + 1 for j in range(context)]}
+        llm.llm_engine.add_request(str(number), prompt, sampling)
+    intervals, previous = [], None
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step()
+        now = time.perf_counter()
+        is_full = len(outputs) == batch
+        if is_full and previous is not None:
+            intervals.append(now - previous)
+        previous = now if is_full else None
+    return intervals
+
+
+if __name__ == "__main__":
+    main()
