@@ -1,0 +1,30 @@
+"""All requests that some test compares with plain vLLM, by model."""
+
+from __future__ import annotations
+
+from tests.e2e.suite import Ask, around_boundaries, completion, conversations, crowd, sampled, tokens
+
+
+def shared_prefix() -> list[Ask]:
+    """Five prompts that begin with the same 200 tokens."""
+    return [completion(tokens(200, 21) + tokens(20 + i, 22), 16) for i in range(5)]
+
+
+def long_answers() -> list[Ask]:
+    """Prompts whose answers, together, don't fit into small pools."""
+    return [completion(tokens(60 + 7 * i, 31), 150) for i in range(9)]
+
+
+def llama() -> list[Ask]:
+    return [
+        *around_boundaries(seed=1),
+        *crowd(seed=2),
+        *conversations(),
+        *sampled(),
+        *shared_prefix(),
+        *long_answers(),
+    ]
+
+
+def gemma() -> list[Ask]:
+    return [*around_boundaries(seed=3), *crowd(seed=4, count=12)]

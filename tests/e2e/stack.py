@@ -1,0 +1,56 @@
+"""Router, one prefill and one decode engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.processes import Service, start_router, wait_for
+
+
+@dataclass
+class Stack:
+    prefill: Service
+    decode: Service
+    router: Service
+
+    def ranks(self) -> list[dict[str, Any]]:
+        status: list[dict[str, Any]] = self.decode.get("/token_parallel")["ranks"]
+        return status
+
+    def is_idle(self) -> bool:
+        """Every block of every pool is free, on both sides."""
+        decode_free = all(r["num_free_blocks"] == r["num_blocks"] and not r["num_requests"] for r in self.ranks())
+        return decode_free and self.prefill.metric("vllm:kv_cache_usage_perc") == 0
+
+    def transfer(self, request_id: str) -> dict[str, Any]:
+        """Rank and bytes of one request's KV transfer."""
+        transfer: dict[str, Any] = self.record(request_id)["kv_transfer"]
+        return transfer
+
+    def record(self, request_id: str) -> dict[str, Any]:
+        """The finished record of one request, its transfer included."""
+
+        def finished() -> dict[str, Any] | None:
+            record: dict[str, Any] = self.router.get(f"/requests/{request_id}")
+            return record if "transfer_end" in record["moments"] else None
+
+        found: dict[str, Any] = wait_for(finished, 30, f"the record of {request_id}")
+        return found
+
+
+@contextmanager
+def running(prefill: Service, decode: Service, log_dir: Path) -> Iterator[Stack]:
+    """The engines, which are starting, with a router in front; all are stopped in the end."""
+    router = start_router(log_dir, [prefill], [decode])
+    try:
+        for engine in (prefill, decode):
+            engine.wait_ready()
+        router.wait_ready("/ready")
+        yield Stack(prefill, decode, router)
+    finally:
+        for service in (router, decode, prefill):
+            service.stop()

@@ -1,0 +1,98 @@
+"""The requests whose answers must be plain vLLM's, token for token."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tests.e2e.processes import Service
+
+BLOCK = 32
+_VOCABULARY = range(5, 455)  # ids of the tiny models' tokenizer that are not special
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request."""
+
+    path: str
+    body: dict[str, Any]
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    """A prompt of `count` random tokens."""
+    return random.Random(f"{seed}/{count}").choices(_VOCABULARY, k=count)
+
+
+def completion(prompt: list[int], max_tokens: int, **fields: Any) -> Ask:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True, **fields}
+    return Ask("/v1/completions", {"temperature": 0, "ignore_eos": True, **body})
+
+
+def chat(text: str, max_tokens: int, **fields: Any) -> Ask:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, **fields}
+    return Ask("/v1/chat/completions", {"temperature": 0, "ignore_eos": True, "return_token_ids": True, **body})
+
+
+def around_boundaries(seed: int) -> list[Ask]:
+    """Prompts of one token, just under, at and over the ends of blocks and of prefill chunks, and of many chunks."""
+    lengths = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 4 * BLOCK, 301, 700]
+    return [completion(tokens(n, seed), 24) for n in lengths]
+
+
+def crowd(seed: int, count: int = 32) -> list[Ask]:
+    """Requests of mixed length, for sending at once: the batch grows and shrinks."""
+    rng = random.Random(seed)
+    return [completion(tokens(rng.randint(1, 400), seed * 1000 + i), rng.randint(4, 70)) for i in range(count)]
+
+
+def conversations() -> list[Ask]:
+    return [chat(text, 20) for text in ("Hello!", "What is the capital of France?", "Write a short story. " * 12)]
+
+
+def sampled() -> list[Ask]:
+    """With a seed, sampling must give plain vLLM's tokens too, for each of several sequences.
+
+    All sequences together fit into one prefill chunk: vLLM 0.32.0 on CPU dies of a seeded request whose prefill is
+    chunked.
+    """
+    return [
+        completion(tokens(50, 5), 16, temperature=0.8, seed=11),
+        completion(tokens(20, 6), 12, temperature=0.9, seed=7, n=3),
+        completion(tokens(40, 7), 40, stop=["e"], logprobs=2),
+    ]
+
+
+def answer(service: Service, ask: Ask) -> list[list[int]]:
+    """The token ids of each choice."""
+    reply = service.post(ask.path, ask.body)
+    assert reply.status_code == 200, reply.text
+    choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+    return [choice["token_ids"] for choice in choices]
+
+
+def answer_streamed(service: Service, ask: Ask) -> list[list[int]]:
+    """As `answer`, streamed."""
+    collected: dict[int, list[int]] = {}
+    with service.post(ask.path, {**ask.body, "stream": True}, stream=True) as reply:
+        assert reply.status_code == 200, reply.text
+        events = [line.removeprefix(b"data: ") for line in reply.iter_lines() if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    for event in events[:-1]:
+        for choice in json.loads(event)["choices"]:
+            collected.setdefault(choice["index"], []).extend(choice.get("token_ids") or [])
+    return [collected[index] for index in sorted(collected)]
+
+
+def answers(service: Service, asks: Sequence[Ask], at_once: int) -> list[list[list[int]]]:
+    """The answers to all, of which `at_once` are under way together; seeded ones go alone (see `sampled`)."""
+    if any("seed" in ask.body for ask in asks):
+        seeded = [answer(service, ask) if "seed" in ask.body else [] for ask in asks]
+        others = iter(answers(service, [ask for ask in asks if "seed" not in ask.body], at_once))
+        return [known or next(others) for known in seeded]
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda ask: answer(service, ask), asks))

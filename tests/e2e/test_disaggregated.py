@@ -1,0 +1,211 @@
+"""The whole system: router, a prefill engine and a decode engine with two token-parallel ranks, on real vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+
+from tests.e2e import expected
+from tests.e2e.conftest import Expected
+from tests.e2e.processes import start_decode, start_prefill, wait_for
+from tests.e2e.stack import Stack, running
+from tests.e2e.suite import (
+    BLOCK,
+    answer,
+    answer_streamed,
+    answers,
+    around_boundaries,
+    completion,
+    conversations,
+    crowd,
+    sampled,
+    tokens,
+)
+
+BYTES_PER_BLOCK = 4 * 2 * 4 * BLOCK * 32 * 4
+"""Of the tiny Llama: layers x key and value x KV heads x tokens x head size x bytes of a float32."""
+
+
+@pytest.fixture(scope="module")
+def stack(models: Callable[[str], Path], log_dir: Path, plain_llama: Expected) -> Iterator[Stack]:
+    model = models("llama")
+    with running(start_prefill(model, log_dir), start_decode(model, log_dir, 2), log_dir) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=stack.router.url + "/v1", api_key="none", timeout=120, max_retries=0) as client:
+        yield client
+
+
+def test_prompts_around_block_and_chunk_boundaries(stack: Stack, plain_llama: Expected) -> None:
+    asks = around_boundaries(seed=1)
+    assert [answer(stack.router, ask) for ask in asks] == plain_llama(asks)
+
+
+def test_many_requests_at_once(stack: Stack, plain_llama: Expected) -> None:
+    asks = crowd(seed=2)
+    assert answers(stack.router, asks, at_once=32) == plain_llama(asks)
+    received = [rank["kv_bytes_received"] for rank in stack.ranks()]
+    assert all(received), f"both ranks should have taken requests, but received {received} bytes"
+
+
+def test_chat_and_streaming(stack: Stack, plain_llama: Expected) -> None:
+    asks = [*conversations(), *around_boundaries(seed=1)[:6]]
+    assert [answer_streamed(stack.router, ask) for ask in asks] == plain_llama(asks)
+    assert [answer(stack.router, ask) for ask in asks[:3]] == plain_llama(asks[:3])
+
+
+def test_seeded_sampling_several_sequences_and_stop(stack: Stack, plain_llama: Expected) -> None:
+    asks = sampled()
+    assert [answer(stack.router, ask) for ask in asks] == plain_llama(asks)
+
+
+def test_the_decode_engine_is_a_server_of_its_own(stack: Stack, plain_llama: Expected) -> None:
+    # Fresh prompts' KV cache is computed on their rank, in chunks, with no prefill pool in sight.
+    assert stack.decode.post("/reset_prefix_cache", {}).status_code == 200
+    pulled = [rank["kv_bytes_received"] for rank in stack.ranks()]
+    asks = [*around_boundaries(seed=1), *conversations()]
+    assert answers(stack.decode, asks, at_once=8) == plain_llama(asks)
+    assert [rank["kv_bytes_received"] for rank in stack.ranks()] == pulled
+
+
+def test_prefix_hits_are_not_pulled_again(stack: Stack, plain_llama: Expected) -> None:
+    asks = expected.shared_prefix()
+    pulled = []
+    for i, (ask, tokens_expected) in enumerate(zip(asks, plain_llama(asks), strict=True)):
+        reply = stack.router.post(ask.path, ask.body, headers={"X-Request-Id": f"prefix-{i}"})
+        assert [choice["token_ids"] for choice in reply.json()["choices"]] == tokens_expected
+        pulled.append(stack.transfer(f"prefix-{i}")["kv_bytes"])
+    assert pulled[0] == 7 * BYTES_PER_BLOCK  # 220 tokens
+    assert pulled[1:] == [BYTES_PER_BLOCK] * 4, "six whole blocks are on the rank already"
+
+
+def test_kv_goes_straight_to_its_owner(stack: Stack) -> None:
+    before = [rank["kv_bytes_received"] for rank in stack.ranks()]
+    due = [0, 0]
+    for i, length in enumerate((40, 200, 310)):
+        ask = completion(tokens(length, 50 + i), 4)
+        name = f"owner-{i}-{time.time_ns()}"
+        assert stack.router.post(ask.path, ask.body, headers={"X-Request-Id": name}).status_code == 200
+        record = stack.transfer(name)
+        assert record["kv_bytes"] == -(-length // BLOCK) * BYTES_PER_BLOCK
+        due[record["rank"]] += record["kv_bytes"]
+    received = [rank["kv_bytes_received"] - old for rank, old in zip(stack.ranks(), before, strict=True)]
+    assert received == due, "a rank received bytes that are not its own requests'"
+
+
+def test_kv_workers_hold_no_weights_and_only_their_own_blocks(stack: Stack) -> None:
+    root, kv_worker = stack.ranks()
+    assert root["parameter_bytes"] > 1_000_000
+    assert kv_worker["parameter_bytes"] == 4 * 4 * 4, "four float32 attention scales in each of four layers"
+    reply = stack.decode.post("/collective_rpc", {"method": "token_parallel_blocks"}).json()
+    for report in reply["results"]:
+        assert report["written"], "this rank's cache should have been used by now"
+        assert set(report["written"]) <= set(report["owned"]), "blocks were written that no request of the rank had"
+
+
+def test_each_moment_of_a_request_is_recorded(stack: Stack) -> None:
+    ask = completion(tokens(100, 60), 8)
+    reply = stack.router.post(ask.path, {**ask.body, "stream": True}, headers={"X-Request-Id": "moments"})
+    assert reply.headers["X-Request-Id"] == "moments"
+    moments = stack.record("moments")["moments"]
+    order = ["received", "prefill_sent", "prefill_done", "decode_sent", "transfer_begin", "transfer_end", "first_token"]
+    times = [moments[name] for name in [*order, "last_token"]]
+    assert times == sorted(times), moments
+
+
+def test_metrics(stack: Stack) -> None:
+    assert stack.router.metric("prefill_requests_total") > 0
+    assert stack.router.metric("decode_requests_total") > 0
+    assert stack.decode.metric("kv_transfer_duration_seconds_count", rank="1") > 0
+    assert stack.decode.metric("tknp_kv_transfer_bytes_total") == sum(r["kv_bytes_received"] for r in stack.ranks())
+    answer(stack.router, completion(tokens(10, 61), 100))
+    efficiency = wait_for(lambda: stack.decode.metric("token_parallel_efficiency"), 30, "an efficiency")
+    assert 0 < efficiency <= 1
+
+
+def test_openai_client(stack: Stack, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    messages: Any = [{"role": "user", "content": "Hello, how are you?"}]
+    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0, logprobs=True)
+    assert whole.usage is not None and whole.usage.completion_tokens == 12
+    assert whole.choices[0].logprobs is not None and whole.choices[0].logprobs.content is not None
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
+
+
+def test_structured_output_and_tools_pass_through(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Answer in JSON."}],
+        max_tokens=60,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
+        tools=[
+            {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+        ],
+        tool_choice="none",
+    )
+    content = reply.choices[0].message.content
+    assert content is not None and json.loads(content) in ({"a": "x"}, {"a": "y"})
+
+
+def test_prompt_longer_than_the_model_takes(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"(?s)1024.*1100|1100.*1024"):
+        client.completions.create(model="tiny", prompt=tokens(1100, 70), max_tokens=5)
+
+
+def test_requests_aborted_half_way_give_everything_back(stack: Stack, plain_llama: Expected) -> None:
+    asks = around_boundaries(seed=1)[5:9]
+    for ask in crowd(seed=9, count=6):
+        body = {**ask.body, "stream": True, "max_tokens": 400}
+        with stack.router.post(ask.path, body, stream=True) as reply:
+            next(reply.iter_lines())
+    # The others are not touched by it.
+    assert [answer(stack.router, ask) for ask in asks] == plain_llama(asks)
+    wait_for(stack.is_idle, 60, "every block of both pools being free")
+
+
+def test_a_dead_kv_worker_ends_the_engine_with_a_clear_message(stack: Stack) -> None:
+    """The last test of this file: it kills the decode engine."""
+    pid = stack.ranks()[1]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    wait_for(
+        lambda: requests.get(stack.router.url + "/ready", timeout=5).status_code == 503, 10, "/ready turning false"
+    )
+    code = stack.decode.process.wait(timeout=20)
+    assert time.monotonic() - killed < 20
+    assert code != 0
+    assert (
+        f"the KV worker of token-parallel rank 1, tensor-parallel rank 0, pid {pid} has died"
+        in stack.decode.log.read_text()
+    )
+    reply = stack.router.post("/v1/completions", completion([5, 6, 7], 4).body)
+    assert reply.status_code == 503 and "Retry-After" in reply.headers

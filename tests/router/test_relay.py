@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from router.errors import EngineFailure
+from router.lifetime import RequestRecord
+from router.relay import StreamRelay
+from router.reply import Reply
+from router.types import Api, Endpoint, Role
+
+EVENTS = [b'data: {"text":"%d"}\n\n' % i for i in range(20)] + [b"data: [DONE]\n\n"]
+
+
+class Content:
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = iter(pieces)
+
+    async def readany(self) -> bytes:
+        return next(self._pieces, b"")
+
+
+class Response:
+    content_type = "text/event-stream"
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.content = Content(pieces)
+
+
+def relay(pieces: list[bytes]) -> list[bytes]:
+    """What the client was sent, chunk by chunk."""
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            sent.append(message["body"])
+
+    async def run() -> None:
+        record = RequestRecord("a", Api.CHAT)
+        stream = StreamRelay(Endpoint(Role.DECODE, "http://a:1"), Reply(send), record, lambda gap: None)
+        async with asyncio.timeout(10) as limit:
+            await stream.run(Response(pieces), limit, 10.0)  # type: ignore[arg-type]
+
+    asyncio.run(run())
+    return sent
+
+
+def cut(data: bytes, rng: random.Random) -> list[bytes]:
+    pieces = []
+    while data:
+        size = rng.randrange(1, 60)
+        pieces.append(data[:size])
+        data = data[size:]
+    return pieces
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_however_the_network_cuts_them_only_whole_events_are_sent(seed: int) -> None:
+    whole = b"".join(EVENTS)
+    sent = relay(cut(whole, random.Random(seed)))
+    assert b"".join(sent) == whole
+    assert all(piece.endswith(b"\n\n") for piece in sent)
+
+
+def test_crlf_events_pass() -> None:
+    events = [event.replace(b"\n", b"\r\n") for event in EVENTS]
+    assert b"".join(relay(events)) == b"".join(events)
+
+
+def test_an_endless_event_is_not_kept() -> None:
+    piece = b"data: " + b"x" * 2**19
+    sent = relay([piece] * 8 + [b"\n\n", EVENTS[-1]])
+    assert b"".join(sent) == piece * 8 + b"\n\n" + EVENTS[-1]
+    assert len(sent) > 2
+
+
+def test_text_that_looks_like_the_end_is_not_the_end() -> None:
+    with pytest.raises(EngineFailure, match="ended early"):
+        relay([b'data: {"text":"data: [DONE]"}\n\n'])
+
+
+def test_comments_are_no_tokens() -> None:
+    assert relay([b": ping\n\n", EVENTS[0], b": ping\n\n", EVENTS[-1]]) == [EVENTS[0], b": ping\n\n", EVENTS[-1]]
