@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,24 @@ class Stack:
         status: list[dict[str, Any]] = self.decode.get("/token_parallel")["ranks"]
         return status
 
-    def is_idle(self) -> bool:
-        """Every block of every pool is free, on both sides."""
-        decode_free = all(r["num_free_blocks"] == r["num_blocks"] and not r["num_requests"] for r in self.ranks())
-        return decode_free and self.prefill.metric("vllm:kv_cache_usage_perc") == 0
+    def held(self) -> list[str]:
+        """What keeps KV, a line each: decode ranks with requests or blocks, the prefill engine's share in use."""
+        held = [
+            f"decode rank {r['rank']}: {r['num_requests']} requests, {r['num_free_blocks']} of {r['num_blocks']} blocks free"
+            for r in self.ranks()
+            if r["num_free_blocks"] != r["num_blocks"] or r["num_requests"]
+        ]
+        if usage := self.prefill.metric("vllm:kv_cache_usage_perc"):
+            held.append(f"prefill: {usage:.2%} of its blocks in use")
+        return held
+
+    def wait_idle(self, seconds: float = 60) -> None:
+        """Returns once every block of both pools is free; says which are not if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while held := self.held():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"KV still held after {seconds:.0f} s: {'; '.join(held)}")
+            time.sleep(0.2)
 
     def transfer(self, request_id: str) -> dict[str, Any]:
         """Rank and bytes of one request's KV transfer."""

@@ -189,7 +189,7 @@ def test_requests_aborted_half_way_give_everything_back(stack: Stack, plain_llam
             next(reply.iter_lines())
     # The others are not touched by it.
     assert [answer(stack.router, ask) for ask in asks] == plain_llama(asks)
-    wait_for(stack.is_idle, 60, "every block of both pools being free")
+    stack.wait_idle()
 
 
 def test_a_dead_kv_worker_ends_the_engine_with_a_clear_message(stack: Stack) -> None:

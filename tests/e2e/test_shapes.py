@@ -40,7 +40,7 @@ def test_three_ranks_fed_by_a_stock_prefill_engine(models: Models, log_dir: Path
         preemptions = stack.decode.metric("vllm:num_preemptions_total")
         assert preemptions > 0, "the pools are too large for this test to mean anything"
         assert all(rank["kv_bytes_received"] for rank in stack.ranks())
-        wait_for(stack.is_idle, 60, "every block of both pools being free")
+        stack.wait_idle()
 
 
 def test_sliding_window_with_two_kv_cache_groups(models: Models, log_dir: Path, plain_gemma: Expected) -> None:
@@ -48,7 +48,7 @@ def test_sliding_window_with_two_kv_cache_groups(models: Models, log_dir: Path, 
     with running(start_prefill(model, log_dir), start_decode(model, log_dir, 2), log_dir) as stack:
         for asks, at_once in ((around_boundaries(seed=3), 1), (crowd(seed=4, count=12), 12)):
             assert answers(stack.router, asks, at_once) == plain_gemma(asks)
-        wait_for(stack.is_idle, 60, "every block of both pools being free")
+        stack.wait_idle()
 
 
 def test_prefill_on_one_gpu_decode_on_two_by_two(models: Models, log_dir: Path, plain_llama: Expected) -> None:
@@ -59,7 +59,7 @@ def test_prefill_on_one_gpu_decode_on_two_by_two(models: Models, log_dir: Path, 
         assert answers(stack.router, asks, 8) == plain_llama(asks)
         ranks = [rank["rank"] for rank in stack.ranks()]
         assert ranks == [0, 0, 1, 1], "worker rank = token-parallel rank x tensor-parallel size + tensor-parallel rank"
-        wait_for(stack.is_idle, 60, "every block of both pools being free")
+        stack.wait_idle()
 
 
 def test_prefill_on_two_decode_on_one_by_two(models: Models, log_dir: Path, plain_llama: Expected) -> None:
@@ -68,7 +68,7 @@ def test_prefill_on_two_decode_on_one_by_two(models: Models, log_dir: Path, plai
     with running(prefill, start_decode(model, log_dir, 2), log_dir) as stack:
         asks = [*around_boundaries(seed=1), *crowd(seed=2)[:8]]
         assert answers(stack.router, asks, 8) == plain_llama(asks)
-        wait_for(stack.is_idle, 60, "every block of both pools being free")
+        stack.wait_idle()
 
 
 def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama: Expected) -> None:
