@@ -78,9 +78,13 @@ class Handoff:
     def _can_retry(self, failure: EngineFailure) -> bool:
         """Whether an engine is left that was not tried. Raises NoEngine if that one was the last alive."""
         role = failure.endpoint.role
+        if role is Role.PREFILL and self._fleet.pool.local_prefill(self._request) is not None:
+            return True
         return self._fleet.pool.choose(role, self._request, self._tried, self._prefilled_by) is not None
 
     async def _attempt(self) -> None:
+        if self._local_prefill is None and self._held is None:
+            self._local_prefill = self._record.local_prefill = self._fleet.pool.local_prefill(self._request)
         if self._local_prefill is None and self._held is None:
             await self._prefill(self._choose(Role.PREFILL))
         await self._decode(self._choose(Role.DECODE))
@@ -109,6 +113,8 @@ class Handoff:
         self._prefilled_by = engine
         if self._held is None:
             self._local_prefill = self._record.local_prefill = LocalPrefill.NO_KV
+        elif isinstance(num_tokens := self._held.get("remote_num_tokens"), int) and num_tokens > 0:
+            self._fleet.pool.chooser.counted(self._request, num_tokens)
 
     async def _decode(self, engine: Engine) -> None:
         params, self._held = self._held, None
@@ -153,7 +159,7 @@ class Handoff:
         self._record.attempts.append(attempt)
         outcome = Outcome.FAILED
         try:
-            with engine.occupied():
+            with engine.occupied(self._request.demand):
                 yield
             outcome = Outcome.OK
         except asyncio.CancelledError:
