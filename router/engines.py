@@ -96,7 +96,7 @@ class EnginePool:
             decode = self.alive(Role.DECODE, request.model)
             if not decode:
                 raise self._no_engine(Role.DECODE, request.model)
-            engines = [p for p, _ in self._fitting_pairs(engines, decode)]
+            engines = list(dict.fromkeys(p for p, _ in self._fitting_pairs(engines, decode)))  # each once
         elif prefilled_by is not None:
             engines = [d for _, d in self._fitting_pairs([prefilled_by], engines)]
         untried = [engine for engine in engines if engine.endpoint not in tried]

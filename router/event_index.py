@@ -8,6 +8,7 @@ hashes say later which of them are gone (vllm/distributed/kv_events.py, v1/core/
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from router.types import JsonObject
 
 BlockHash = bytes | int

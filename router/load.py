@@ -1,4 +1,4 @@
-"""What one engine has from this router: tokens outstanding, room for KV cache, and the prefixes it has probably cached."""
+"""What one engine has from this router: tokens outstanding, room for KV cache, and the prefixes that it has cached."""
 
 from __future__ import annotations
 
