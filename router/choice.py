@@ -45,8 +45,12 @@ class Chooser:
         counted, num_bytes = prompt_size(body)
         demand.num_prompt_bytes = num_bytes
         demand.num_prompt_tokens = counted + self._estimator.num_tokens(request.model, num_bytes)
+        context = card.get("max_model_len")
         demand.num_output_tokens = output_budget(
-            body, demand.num_prompt_tokens, card.get("max_model_len"), self._settings.default_output_tokens
+            body,
+            demand.num_prompt_tokens,
+            context if isinstance(context, int) else None,
+            self._settings.default_output_tokens,
         )
         demand.num_choices = request.num_choices
         demand.session = session

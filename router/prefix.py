@@ -32,7 +32,7 @@ def prefix_blocks(model: str, body: JsonObject) -> tuple[tuple[int, ...], float]
     size = BLOCK_BYTES if isinstance(prompt, bytes) else BLOCK_TOKENS
     num_blocks = min(len(prompt) // size, MAX_BLOCKS)
     blocks: list[int] = []
-    block = hash((model, body.get("cache_salt")))
+    block = hash((model, str(body.get("cache_salt"))))  # a salt that is no string is the engine's to refuse
     for begin in range(0, num_blocks * size, size):
         part = prompt[begin : begin + size]
         block = hash((block, part if isinstance(part, bytes) else tuple(part)))
