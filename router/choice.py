@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from router.candidates import Candidate, Query
 from router.conditional import local_prefill
-from router.demand import TokenEstimator, output_budget, prompt_size
+from router.demand import TokenEstimator, given_token_ids, is_plain, output_budget, prompt_size
 from router.load import leg_tokens
 from router.policies import load_policies
 from router.prefix import prefix_blocks
@@ -36,7 +36,10 @@ class Chooser:
         self._turns = dict.fromkeys(Role, 0)
         self._estimator = TokenEstimator()
         self._decode_only: dict[str, bool] = {}  # by model, as it was logged
-        self.looks_at_prefixes = "prefix_aware" in names.values() or settings.local_prefill_tokens > 0
+        self.roles_with_prefixes = {role for role, name in names.items() if name == "prefix_aware"}
+        if settings.local_prefill_tokens:
+            self.roles_with_prefixes.add(Role.DECODE)
+        self.looks_at_prefixes = bool(self.roles_with_prefixes)
         self.serves_decode_only = settings.decode_only
 
     def describe(self, request: GenerationRequest, session: str | None, card: JsonObject) -> None:
@@ -58,6 +61,8 @@ class Chooser:
             demand.session = user
         if self.looks_at_prefixes and request.local_prefill is None:
             demand.prefix, demand.prefix_share = prefix_blocks(request.model, body)
+            demand.is_plain = is_plain(body, card)
+            demand.token_ids = given_token_ids(body) if demand.is_plain else None
 
     def counted(self, request: GenerationRequest, num_prompt_tokens: int) -> None:
         """A prefill engine has counted the prompt's tokens: the decode engine is chosen by what is true."""
@@ -124,7 +129,7 @@ class Chooser:
                     engine.num_outstanding,
                     load.num_tokens,
                     engine.num_chosen,
-                    load.num_cached_tokens(demand) if self.looks_at_prefixes else 0,
+                    load.num_cached_tokens(demand) if role in self.roles_with_prefixes else 0,
                     None if load.kv.rooms is None else tuple(load.kv.rooms),
                 )
             )

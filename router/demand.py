@@ -26,7 +26,8 @@ class Demand:
     session: str | None = None
     prefix: tuple[int, ...] = ()  # chained hashes of the prompt's blocks; empty if no policy needs them
     prefix_share: float = 0.0  # of the prompt, that one of those blocks is
-    token_ids: Sequence[int] | None = None  # the prompt as engines see it, if it is known and belongs to no adapter
+    is_plain: bool = True  # token ids alone say what its KV is: no adapter, no salt, nothing but text
+    token_ids: Sequence[int] | None = None  # of a plain prompt, if they are known
     max_uncached_tokens: int | None = None  # set if it skips the remote prefill because a decode engine has the rest
 
     @property
@@ -73,6 +74,23 @@ def prompt_size(body: JsonObject) -> tuple[int, int]:
     if isinstance(prompt[0], str):
         return 0, sum(map(_text_bytes, prompt))
     return sum(map(len, prompt)), 0
+
+
+def is_plain(body: JsonObject, card: JsonObject) -> bool:
+    """Whether the prompt's token ids alone say what its KV cache is. `card` is vLLM's of the model."""
+    if card.get("parent") is not None or body.get("cache_salt") is not None:
+        return False
+    contents = (message.get("content") for message in body.get("messages") or ())
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
+
+
+def given_token_ids(body: JsonObject) -> list[int] | None:
+    """The prompt, if it came as one list of token ids."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
+        (prompt,) = prompt
+    return prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], int) else None
 
 
 def output_budget(body: JsonObject, num_prompt_tokens: int, context: int | None, default: int) -> int:

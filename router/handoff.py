@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from router.metrics import RouterMetrics
     from router.reply import Reply
     from router.settings import RouterSettings
+    from router.token_ids import PromptTokenizer
     from router.types import Endpoint, GenerationRequest, JsonObject
 
 
@@ -36,6 +37,7 @@ class Fleet:
     pool: EnginePool
     metrics: RouterMetrics
     releaser: LeaseReleaser
+    tokenizer: PromptTokenizer
 
 
 class Handoff:
@@ -55,6 +57,8 @@ class Handoff:
         """Answers the client. Raises RouterError when it can't; what was sent until then stands in the reply."""
         roles = (Role.DECODE,) if self._local_prefill else (Role.PREFILL, Role.DECODE)
         self._fleet.pool.require(self._request.model, roles)
+        if self._fleet.pool.chooser.looks_at_prefixes:
+            await self._fleet.tokenizer.complete(self._request)
         try:
             await self._run_with_retries()
         finally:

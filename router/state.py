@@ -14,12 +14,14 @@ from router.choice import Chooser
 from router.engines import EnginePool
 from router.handoff import Fleet
 from router.health import HealthChecker
+from router.kv_events import KvEventWatcher
 from router.kv_poll import KvPoller
 from router.leases import LeaseReleaser
 from router.load_metrics import LoadCollector
 from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.records import RecordStore
+from router.token_ids import PromptTokenizer
 from router.transfers import TransferRecorder
 from router.types import Outcome
 from router.upstream import make_session
@@ -62,10 +64,14 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         transfers = TransferRecorder(session, metrics, log_request)
         watchers = [
             asyncio.create_task(watcher.run())
-            for watcher in (HealthChecker(pool, session, settings), KvPoller(pool, session, settings))
+            for watcher in (
+                HealthChecker(pool, session, settings),
+                KvPoller(pool, session, settings),
+                KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes),
+            )
         ]
         try:
-            fleet = Fleet(settings, session, pool, metrics, releaser)
+            fleet = Fleet(settings, session, pool, metrics, releaser, PromptTokenizer(pool, session))
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
         finally:
             for watcher in watchers:

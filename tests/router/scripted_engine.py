@@ -57,6 +57,8 @@ class ScriptedEngine:
         self.transfers: dict[str, dict[str, Any]] = {}
         self.ranks: list[dict[str, Any]] | None = None  # None as of an engine without GET /token_parallel
         self.metrics_text = ""  # of GET /metrics
+        self.kv_events: bytes | None = None  # of GET /kv_events, None if there is no such route
+        self.tokens: list[int] | None = None  # of POST /tokenize
         self.port = 0
         self._runner: web.AppRunner | None = None
 
@@ -87,6 +89,8 @@ class ScriptedEngine:
         app.router.add_get("/token_parallel/requests/{id}", self._transfer)
         app.router.add_get("/token_parallel", self._ranks)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/kv_events", self._kv_events)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
@@ -117,6 +121,12 @@ class ScriptedEngine:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.metrics_text)
+
+    async def _kv_events(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.kv_events, status=404 if self.kv_events is None else 200)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"tokens": self.tokens}, status=404 if self.tokens is None else 200)
 
     async def _transfer(self, request: web.Request) -> web.Response:
         told = self.transfers.get(request.match_info["id"])
