@@ -28,6 +28,16 @@ def free_port() -> int:
         return port
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
+
+
 def block(number: int) -> KVEventBatch:
     """Block `number` of PROMPT was stored."""
     parent = None if number == 0 else b"%d" % (number - 1)
@@ -54,6 +64,7 @@ class Publisher:
 
     def stop(self) -> None:
         self._publisher.shutdown()
+        wait_for(lambda: is_free(self.port) and is_free(self.replay_port))  # ZMQ closes on a thread of its own
 
     def told(self, replays: bool = True) -> bytes:
         """What the engine would answer to GET /kv_events."""
