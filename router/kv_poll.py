@@ -95,7 +95,7 @@ def parse_ranks(told: Any) -> list[RankKv]:
 
 _USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{[^}]*\} (\S+)$", re.MULTILINE)
 _RUNNING = re.compile(r"^vllm:num_requests_running\{[^}]*\} (\S+)$", re.MULTILINE)
-_CONFIG = re.compile(r"^vllm:cache_config_info\{([^}]*)\}", re.MULTILINE)
+_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\} \S+$", re.MULTILINE)  # a value may hold braces
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 

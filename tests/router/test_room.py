@@ -91,7 +91,7 @@ def test_room_is_taken_and_given_back_between_polls() -> None:
 METRICS = """# HELP vllm:num_requests_running x
 vllm:num_requests_running{engine="0",model_name="tiny"} 3.0
 vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.25
-vllm:cache_config_info{block_size="32",engine="0",num_gpu_blocks="400",sliding_window="None"} 1.0
+vllm:cache_config_info{block_size="32",engine="0",num_gpu_blocks="400",some_dict="{}",sliding_window="None"} 1.0
 """
 
 
