@@ -115,10 +115,12 @@ async def ready(request: Request) -> JSONResponse:
             "reason": engine.down_reason or None,
             "models": list(engine.models),
             "outstanding_requests": engine.num_outstanding,
+            "outstanding_tokens": engine.load.num_tokens,
+            **engine.load.kv.as_dict(engine.endpoint.role),
         }
         for engine in pool.engines
     ]
-    content = {"ready": not missing, "missing": missing, "engines": engines}
+    content = {"ready": not missing, "missing": missing, "degraded": pool.degraded(), "engines": engines}
     return JSONResponse(content, HTTPStatus.SERVICE_UNAVAILABLE if missing else HTTPStatus.OK)
 
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from router.breaker import CircuitBreaker
 from router.errors import EngineFailure, FailureKind, ModelNotFound, NoEngine
 from router.fit import misfit
+from router.load import EngineLoad
 from router.types import Endpoint, JsonObject, Role
 
 if TYPE_CHECKING:
-    from router.policy import Policy
-    from router.types import GenerationRequest
+    from router.choice import Chooser
+    from router.demand import Demand
+    from router.types import GenerationRequest, LocalPrefill
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Engine:
         self.num_outstanding = 0
         self.num_chosen = 0
         self.num_progress = 0  # grows while it generates for clients
+        self.load = EngineLoad(endpoint.role)
         self.suspected = asyncio.Event()  # wakes the health check before its time
 
     def mark_up(self, models: dict[str, JsonObject], kv_traits: dict[str, str]) -> None:
@@ -47,6 +50,7 @@ class Engine:
     def mark_down(self, reason: str) -> None:
         if self.is_up:
             logger.warning("%s engine %s is down: %s", self.endpoint.role, self.endpoint.name, reason)
+            self.load.forget("the engine is down")
         self.is_up, self.down_reason = False, reason
 
     def succeeded(self) -> None:
@@ -63,22 +67,24 @@ class Engine:
         self.suspected.set()
 
     @contextmanager
-    def occupied(self) -> Iterator[None]:
-        """Counts a request as outstanding for as long as the block runs, however it ends."""
+    def occupied(self, demand: Demand) -> Iterator[None]:
+        """Counts a request and its tokens as outstanding for as long as the block runs, however it ends."""
         self.num_outstanding += 1
         self.num_chosen += 1
+        share = self.load.begin(demand)
         try:
             yield
         finally:
             self.num_outstanding -= 1
+            self.load.end(share)
 
 
 class EnginePool:
-    """All engines of both roles, and the policy of each role."""
+    """All engines of both roles, and who chooses among them."""
 
-    def __init__(self, endpoints: Sequence[Endpoint], policies: dict[Role, Policy], breaker_failures: int) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], chooser: Chooser, breaker_failures: int) -> None:
         self.engines = [Engine(endpoint, breaker_failures) for endpoint in endpoints]
-        self._policies = policies
+        self.chooser = chooser
 
     def of(self, role: Role) -> list[Engine]:
         return [engine for engine in self.engines if engine.endpoint.role is role]
@@ -104,14 +110,22 @@ class EnginePool:
             decode = self.alive(Role.DECODE, request.model)
             if not decode:
                 raise self._no_engine(Role.DECODE, request.model)
-            engines = [p for p, _ in self._fitting_pairs(engines, decode)]
+            engines = list(dict.fromkeys(p for p, _ in self._fitting_pairs(engines, decode)))  # each once
         elif prefilled_by is not None:
             engines = [d for _, d in self._fitting_pairs([prefilled_by], engines)]
         untried = [engine for engine in engines if engine.endpoint not in tried]
-        return self._policies[role](untried, request) if untried else None
+        return self.chooser.choose(role, untried, request.demand) if untried else None
+
+    def local_prefill(self, request: GenerationRequest) -> LocalPrefill | None:
+        """Why the request should go to a decode engine alone, by what is known right now; None if it should not."""
+        prefill, decode = (self.alive(role, request.model) for role in Role)
+        return self.chooser.local_prefill(prefill, decode, request)
 
     def require(self, model: str, roles: Collection[Role]) -> None:
-        """Raises ModelNotFound or NoEngine unless each of the roles has an engine alive for the model."""
+        """Raises ModelNotFound or NoEngine unless each of the roles has an engine alive for the model.
+
+        Without a prefill engine decode engines serve alone, if the settings let them.
+        """
         known = {
             name for engine in self.of(Role.DECODE) for name in engine.models
         }  # a dead engine's too: that is a 503
@@ -120,7 +134,8 @@ class EnginePool:
                 f"The model {model!r} is not served here; use one of: {', '.join(sorted(known))}.", param="model"
             )
         for role in roles:
-            if not self.alive(role, model):
+            may_lack = role is Role.PREFILL and self.chooser.serves_decode_only
+            if not may_lack and not self.alive(role, model):
                 raise self._no_engine(role, model)
         if Role.PREFILL in roles:
             self._fitting_pairs(self.alive(Role.PREFILL, model), self.alive(Role.DECODE, model))
@@ -131,13 +146,16 @@ class EnginePool:
 
     def missing(self) -> list[str]:
         """What stands between this pool and its first token; empty when a request can be served."""
+        needed = (Role.DECODE,) if self.chooser.serves_decode_only else tuple(Role)
         faults = [
-            f"no {role} engine is up" for role in Role if not any(e.is_up and not e.is_draining for e in self.of(role))
+            f"no {role} engine is up"
+            for role in needed
+            if not any(e.is_up and not e.is_draining for e in self.of(role))
         ]
         if not faults:
-            prefilled = {name for e in self.of(Role.PREFILL) if e.is_up for name in e.models}
-            both = prefilled & self.models().keys()
-            if not both:
+            decoded = self.models().keys()
+            both = self._prefilled() & decoded
+            if not both and not self.chooser.serves_decode_only:
                 faults.append("no model is served by both a prefill and a decode engine")
             for model in both:
                 try:
@@ -145,6 +163,18 @@ class EnginePool:
                 except NoEngine as error:
                     faults.append(error.message)
         return faults
+
+    def degraded(self) -> list[str]:
+        """What is worse than it should be, although requests are served: models that no prefill engine alive has."""
+        if not self.chooser.serves_decode_only:
+            return []
+        alone = sorted(self.models().keys() - self._prefilled())
+        return [
+            f"no prefill engine is up for {model}: decode engines prefill its prompts themselves" for model in alone
+        ]
+
+    def _prefilled(self) -> set[str]:
+        return {name for e in self.of(Role.PREFILL) if e.is_up for name in e.models}
 
     def _fitting_pairs(self, prefill: Sequence[Engine], decode: Sequence[Engine]) -> list[tuple[Engine, Engine]]:
         """Those that can hand a KV cache over. Raises NoEngine, with what differs, if engines there are but no pair."""

@@ -78,8 +78,15 @@ class GenerationRoute:
         record.model, record.stream, record.local_prefill = request.model, request.stream, request.local_prefill
         roles = (Role.DECODE,) if request.local_prefill else tuple(Role)
         state.pool.require(request.model, roles)
-        check_length(request, state.pool.models()[request.model])
+        card = state.pool.models()[request.model]
+        check_length(request, card)
+        state.pool.chooser.describe(request, _header(headers, state.settings.session_header), card)
         return request
+
+
+def _header(headers: list[tuple[bytes, bytes]], name: str) -> str | None:
+    wanted = name.lower().encode()
+    return next((value.decode("latin-1") for found, value in headers if found == wanted), None)
 
 
 def _end(record: RequestRecord, outcome: Outcome, error: str) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from router.reply import Reply
     from router.retries import RetryBudget
     from router.settings import RouterSettings
+    from router.token_ids import PromptTokenizer
     from router.types import Endpoint, GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Fleet:
     metrics: RouterMetrics
     releaser: LeaseReleaser
     retries: RetryBudget
+    tokenizer: PromptTokenizer
 
 
 class Handoff:
@@ -69,6 +71,8 @@ class Handoff:
         roles = (Role.DECODE,) if self._local_prefill else (Role.PREFILL, Role.DECODE)
         self._fleet.pool.require(self._request.model, roles)
         self._fleet.retries.deposit()
+        if self._fleet.pool.chooser.looks_at_prefixes:
+            await self._fleet.tokenizer.complete(self._request)
         try:
             await self._run_with_retries()
         finally:
@@ -90,7 +94,9 @@ class Handoff:
 
     async def _can_go_on(self, failure: EngineFailure) -> bool:
         """Whether an engine is left that was not tried, and retries are. Raises NoEngine if that was the last alive."""
-        if self._fleet.pool.choose(failure.endpoint.role, self._request, self._tried, self._prefilled_by) is None:
+        role, pool = failure.endpoint.role, self._fleet.pool
+        is_local = role is Role.PREFILL and pool.local_prefill(self._request) is not None
+        if not is_local and pool.choose(role, self._request, self._tried, self._prefilled_by) is None:
             return False
         if self._reply.started and not await self._prepare_continuation():
             return False
@@ -119,8 +125,15 @@ class Handoff:
         self._fleet.metrics.continued()
         return True
 
+    @property
+    def _has_kv(self) -> bool:
+        """A prefill engine keeps KV cache that no decode engine was told of."""
+        return self._lease is not None and self._lease.params is not None and not self._lease.readers
+
     async def _attempt(self) -> None:
-        if self._local_prefill is None and (self._lease is None or self._lease.params is None or self._lease.readers):
+        if self._local_prefill is None and not self._has_kv:
+            self._local_prefill = self._record.local_prefill = self._fleet.pool.local_prefill(self._request)
+        if self._local_prefill is None and not self._has_kv:
             await self._prefill(self._choose(Role.PREFILL))
         await self._decode(self._choose(Role.DECODE))
 
@@ -151,6 +164,8 @@ class Handoff:
         if lease.params is None:
             self._lease = None
             self._local_prefill = self._record.local_prefill = LocalPrefill.NO_KV
+        elif isinstance(num_tokens := lease.params.get("remote_num_tokens"), int) and num_tokens > 0:
+            self._fleet.pool.chooser.counted(self._request, num_tokens)
 
     async def _decode(self, engine: Engine) -> None:
         lease, num_chunks = self._lease, self._record.num_chunks
@@ -213,7 +228,7 @@ class Handoff:
         self._record.attempts.append(attempt)
         outcome = Outcome.FAILED
         try:
-            with engine.occupied():
+            with engine.occupied(self._request.demand):
                 yield
             outcome = Outcome.OK
             engine.succeeded()

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from router.policies import load_policies
 from router.types import Endpoint, Role
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -120,6 +121,47 @@ class RouterSettings(BaseSettings):
     num_request_records: int = Field(
         default=1000, ge=1, description="Finished requests kept for GET /requests/{id}; about 2 KiB each."
     )
+
+    # -- choosing engines: router/policies/ has one file for each policy --
+    prefill_policy: str = Field(
+        default="least_loaded",
+        description="How a prefill engine is chosen: least_loaded (by tokens outstanding), round_robin, power_of_two, "
+        "prefix_aware or session_affinity.",
+    )
+    decode_policy: str = Field(
+        default="least_loaded", description="How a decode engine is chosen among those with room; the same names."
+    )
+    session_header: str = Field(
+        default="x-session-id",
+        description="Header whose value names a request's session, for session_affinity; without it, the field user.",
+    )
+    default_output_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Tokens expected of an answer without max_tokens, which may be as long as the context; few are.",
+    )
+    kv_poll_interval: Seconds = Field(
+        default=1.0,
+        description="Seconds between two questions to a decode engine for its free KV; one short call to its ranks.",
+    )
+    local_prefill_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Prompt tokens, not counting those that a decode engine has cached, up to which it prefills by "
+        "itself; 0 for never: where a hand-off costs more than a prefill depends on model and network.",
+    )
+    decode_only: bool = Field(
+        default=True,
+        description="Serve from decode engines alone while no prefill engine is up; slower is better than not at all.",
+    )
+
+    @field_validator("prefill_policy", "decode_policy")
+    @classmethod
+    def _check_policy(cls, name: str) -> str:
+        names = load_policies()
+        if name not in names:
+            raise ValueError(f"a policy is one of {', '.join(names)}, not {name!r}")
+        return name
 
     @field_validator("prefill_urls", "decode_urls", mode="before")
     @classmethod

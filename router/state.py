@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from router.choice import Chooser
 from router.engines import EnginePool
 from router.handoff import Fleet
 from router.health import HealthChecker
+from router.kv_events import KvEventWatcher
+from router.kv_poll import KvPoller
 from router.leases import LeaseReleaser
+from router.load_metrics import LoadCollector
 from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
-from router.policy import least_loaded
 from router.records import RecordStore
 from router.retries import RetryBudget
+from router.token_ids import PromptTokenizer
 from router.transfers import TransferRecorder
-from router.types import Outcome, Role
+from router.types import Outcome
 from router.upstream import make_session
 
 if TYPE_CHECKING:
@@ -52,21 +56,31 @@ class RouterState:
 @contextlib.asynccontextmanager
 async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     registry = CollectorRegistry()
-    pool = EnginePool(settings.endpoints, dict.fromkeys(Role, least_loaded), settings.breaker_failures)
+    pool = EnginePool(settings.endpoints, Chooser(settings), settings.breaker_failures)
     records = RecordStore(settings.num_request_records)
     metrics = RouterMetrics(registry)
     registry.register(StateCollector(pool, records))
+    registry.register(LoadCollector(pool, settings))
     async with make_session(settings) as session:
         releaser = LeaseReleaser(session, metrics)
         transfers = TransferRecorder(session, metrics, log_request)
-        checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
+        watchers = [
+            asyncio.create_task(watcher.run())
+            for watcher in (
+                HealthChecker(pool, session, settings),
+                KvPoller(pool, session, settings),
+                KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes),
+            )
+        ]
         try:
             budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
-            fleet = Fleet(settings, session, pool, metrics, releaser, budget)
+            fleet = Fleet(settings, session, pool, metrics, releaser, budget, PromptTokenizer(pool, session))
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
         finally:
-            checks.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await checks
+            for watcher in watchers:
+                watcher.cancel()
+            for watcher in watchers:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watcher
             await transfers.close()
             await releaser.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
+
+from router.demand import Demand
 
 JsonObject = dict[str, Any]
 
@@ -36,6 +38,9 @@ class LocalPrefill(StrEnum):
     BEST_OF = "best_of"
     TRUNCATION = "truncation"  # truncate_prompt_tokens=-1 depends on max_tokens, which the prefill leg changes
     NO_KV = "no_kv"  # the prefill engine answered without kv_transfer_params
+    SHORT_PROMPT = "short_prompt"  # at most local_prefill_tokens long
+    CACHED_PROMPT = "cached_prompt"  # all but local_prefill_tokens of it is cached on a decode engine
+    NO_PREFILL_ENGINE = "no_prefill_engine"  # none is alive for the model, and decode_only is on
 
 
 class Outcome(StrEnum):
@@ -82,3 +87,4 @@ class GenerationRequest:
     num_choices: int
     local_prefill: LocalPrefill | None
     trace_headers: tuple[tuple[str, str], ...] = ()
+    demand: Demand = field(default_factory=Demand)  # filled in once it is known who serves the model

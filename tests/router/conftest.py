@@ -46,12 +46,13 @@ def start_stack(loop_of_engines: asyncio.AbstractEventLoop) -> Iterator[StartSta
             num_prefill: int = 1,
             num_decode: int = 1,
             kv_traits: Sequence[dict[str, str] | None] = (),
+            events: Sequence[bytes | None] = (),
             **settings: Any,
         ) -> Stack:
             roles = [Role.PREFILL] * num_prefill + [Role.DECODE] * num_decode
             engines = [ScriptedEngine(loop_of_engines, role) for role in roles]
-            for engine, traits in zip_longest(engines, kv_traits):
-                engine.kv_traits = traits
+            for engine, traits, told in zip_longest(engines, kv_traits, events):
+                engine.kv_traits, engine.kv_events = traits, told
                 engine.revive()
                 cleanup.callback(engine.kill)
             router = cleanup.enter_context(running_router(engines, **settings))

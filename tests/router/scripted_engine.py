@@ -63,6 +63,10 @@ class ScriptedEngine:
         self.models: list[dict[str, Any]] = [{"id": MODEL, "object": "model", "max_model_len": 4096}]
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
         self.transfers: dict[str, dict[str, Any]] = {}
+        self.ranks: list[dict[str, Any]] | None = None  # None as of an engine without GET /token_parallel
+        self.metrics_text = ""  # of GET /metrics
+        self.kv_events: bytes | None = None  # of GET /kv_events, None if there is no such route
+        self.tokens: list[int] | None = None  # of POST /tokenize
         self.port = 0
         self._runner: web.AppRunner | None = None
 
@@ -93,6 +97,9 @@ class ScriptedEngine:
         app.router.add_get("/token_parallel/requests/{id}", self._transfer)
         app.router.add_post("/requests/{id}/abort", self._abort)
         app.router.add_post("/kv_leases/{id}/release", self._release)
+        app.router.add_get("/token_parallel", self._ranks)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/kv_events", self._kv_events)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
@@ -119,6 +126,15 @@ class ScriptedEngine:
     async def _kv_traits(self, request: web.Request) -> web.Response:
         return web.json_response(self.kv_traits, status=404 if self.kv_traits is None else 200)
 
+    async def _ranks(self, request: web.Request) -> web.Response:
+        return web.json_response({"ranks": self.ranks}, status=404 if self.ranks is None else 200)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics_text)
+
+    async def _kv_events(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.kv_events, status=404 if self.kv_events is None else 200)
+
     async def _transfer(self, request: web.Request) -> web.Response:
         told = self.transfers.get(request.match_info["id"])
         return web.json_response(told or {}, status=200 if told else 404)
@@ -134,7 +150,9 @@ class ScriptedEngine:
         return web.Response(status=204)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        """A token a character."""
+        """What the test says, or a token a character."""
+        if self.tokens is not None:
+            return web.json_response({"tokens": self.tokens})
         body = await request.json()
         text = body.get("prompt") or body["messages"][-1]["content"]
         return web.json_response({"tokens": [ord(char) for char in text]})

@@ -2,32 +2,19 @@ from __future__ import annotations
 
 import pytest
 
+from router.demand import Demand
 from router.engines import Engine
-from router.policy import least_loaded
-from router.types import Api, Endpoint, GenerationRequest, Role
+from router.types import Endpoint, Role
 from tests.router.conftest import StartStack
 from tests.router.running import wait_for
 
-REQUEST = GenerationRequest("id", Api.CHAT, {}, "tiny", False, 1, None)
-
-
-def engine(num_outstanding: int, num_chosen: int = 0) -> Engine:
-    made = Engine(Endpoint(Role.DECODE, f"http://127.0.0.1:{1000 + num_outstanding}"))
-    made.num_outstanding, made.num_chosen = num_outstanding, num_chosen
-    return made
-
-
-def test_least_loaded_takes_the_idlest_and_spreads_ties() -> None:
-    engines = [engine(3), engine(1, num_chosen=9), engine(1, num_chosen=2), engine(2)]
-    assert least_loaded(engines, REQUEST) is engines[2]
-
 
 def test_outstanding_goes_back_however_a_request_ends() -> None:
-    busy = engine(0)
-    with pytest.raises(KeyError), busy.occupied():
-        assert busy.num_outstanding == 1
+    busy = Engine(Endpoint(Role.DECODE, "http://127.0.0.1:1000"))
+    with pytest.raises(KeyError), busy.occupied(Demand(10, 5, num_choices=2)):
+        assert (busy.num_outstanding, busy.load.num_tokens) == (1, 30)
         raise KeyError
-    assert busy.num_outstanding == 0
+    assert (busy.num_outstanding, busy.load.num_tokens) == (0, 0)
 
 
 def test_one_late_health_check_is_forgiven_and_several_are_not(start_stack: StartStack) -> None:

@@ -198,7 +198,7 @@ def test_a_dying_engine_is_noticed_without_a_request(start_stack: StartStack) ->
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_no_engine_alive_is_a_503_with_retry_after(start_stack: StartStack, role: str) -> None:
-    stack = start_stack()
+    stack = start_stack(decode_only=False)
     getattr(stack, role)[0].kill()
     wait_for(lambda: stack.router.call("GET", "/ready").status == 503)
     answer = stack.router.complete()

@@ -1,7 +1,7 @@
 """What an engine's server tells beyond vLLM's own routes. A vLLM endpoint plugin.
 
-`GET /token_parallel`, the state of a decode engine's ranks, and metrics; `GET /kv_traits` and the routes of
-services/release.py, on prefill engines too.
+`GET /token_parallel`, the state of a decode engine's ranks, and metrics; on prefill engines too `GET /kv_traits`,
+`GET /kv_events` and the routes of services/release.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from services import release
 from services.compatibility import kv_traits
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.rank_metrics import RankMetrics, efficiency_between
+from services.kv_event_source import kv_event_source
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -86,6 +87,7 @@ class TokenParallelEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         release.attach(app)
         app.add_api_route("/kv_traits", _read_kv_traits, methods=["GET"])
+        app.add_api_route("/kv_events", _read_kv_events, methods=["GET"])
         app.add_api_route("/token_parallel", _read, methods=["GET"])
         app.add_api_route("/token_parallel/requests/{request_id}", _read_transfer, methods=["GET"])
 
@@ -93,12 +95,20 @@ class TokenParallelEndpoint:
         options = TokenParallelOptions.of(args)
         release.init(engine_client, state)
         state.kv_traits = kv_traits(engine_client.vllm_config)
+        state.kv_events = kv_event_source(engine_client.vllm_config)
         state.token_parallel = RankStatus(engine_client, options, args.tensor_parallel_size)
 
 
 async def _read_kv_traits(request: Request) -> dict[str, str]:
     traits: dict[str, str] = request.app.state.kv_traits
     return traits
+
+
+async def _read_kv_events(request: Request) -> dict[str, Any]:
+    source: dict[str, Any] | None = request.app.state.kv_events
+    if source is None:
+        raise HTTPException(404, "this engine publishes no KV cache events; --kv-events-config switches them on")
+    return source
 
 
 async def _read(request: Request) -> dict[str, Any]:

@@ -159,6 +159,7 @@ class TokenParallelExecutor(MultiprocExecutor):
         for status in statuses:
             rank = status["rank"]
             # The null block is nobody's.
+            status["block_size"] = self.cache_config.block_size
             status["num_blocks"] = manager.partition.num_blocks[rank] - 1
             status["num_free_blocks"] = free[rank]
             status["num_requests"] = requests[rank]
