@@ -15,6 +15,11 @@ def long_answers() -> list[Ask]:
     return [completion(tokens(60 + 7 * i, 31), 150) for i in range(9)]
 
 
+def long_stream() -> Ask:
+    """An answer that takes long enough to kill an engine in the middle of it."""
+    return completion(tokens(120, 5), 400)
+
+
 def llama() -> list[Ask]:
     return [
         *around_boundaries(seed=1),
@@ -23,6 +28,7 @@ def llama() -> list[Ask]:
         *sampled(),
         *shared_prefix(),
         *long_answers(),
+        long_stream(),
     ]
 
 
