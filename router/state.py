@@ -21,6 +21,7 @@ from router.load_metrics import LoadCollector
 from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.records import RecordStore
+from router.retries import RetryBudget
 from router.token_ids import PromptTokenizer
 from router.transfers import TransferRecorder
 from router.types import Outcome
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from router.settings import RouterSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RouterState:
     settings: RouterSettings
     registry: CollectorRegistry
@@ -40,6 +41,7 @@ class RouterState:
     metrics: RouterMetrics
     fleet: Fleet
     transfers: TransferRecorder
+    is_draining: bool = False  # /ready says no; requests are still taken
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -54,13 +56,13 @@ class RouterState:
 @contextlib.asynccontextmanager
 async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     registry = CollectorRegistry()
-    pool = EnginePool(settings.endpoints, Chooser(settings))
+    pool = EnginePool(settings.endpoints, Chooser(settings), settings.breaker_failures)
     records = RecordStore(settings.num_request_records)
     metrics = RouterMetrics(registry)
     registry.register(StateCollector(pool, records))
     registry.register(LoadCollector(pool, settings))
     async with make_session(settings) as session:
-        releaser = LeaseReleaser(session, pool)
+        releaser = LeaseReleaser(session, metrics)
         transfers = TransferRecorder(session, metrics, log_request)
         watchers = [
             asyncio.create_task(watcher.run())
@@ -71,7 +73,9 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
             )
         ]
         try:
-            fleet = Fleet(settings, session, pool, metrics, releaser, PromptTokenizer(pool, session))
+            budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
+            tokenizer = PromptTokenizer(pool, session)
+            fleet = Fleet(settings, session, pool, metrics, releaser, budget, tokenizer)
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
         finally:
             for watcher in watchers:

@@ -1,7 +1,7 @@
 """What an engine's server tells beyond vLLM's own routes. A vLLM endpoint plugin.
 
-`GET /token_parallel`, the state of a decode engine's ranks, and metrics; on prefill engines too `GET /kv_traits` and
-`GET /kv_events`.
+`GET /token_parallel`, the state of a decode engine's ranks, and metrics; on prefill engines too `GET /kv_traits`,
+`GET /kv_events` and the routes of services/release.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 
+from services import release
 from services.compatibility import kv_traits
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.rank_metrics import RankMetrics, efficiency_between
@@ -84,6 +85,7 @@ class TokenParallelEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        release.attach(app)
         app.add_api_route("/kv_traits", _read_kv_traits, methods=["GET"])
         app.add_api_route("/kv_events", _read_kv_events, methods=["GET"])
         app.add_api_route("/token_parallel", _read, methods=["GET"])
@@ -91,6 +93,7 @@ class TokenParallelEndpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         options = TokenParallelOptions.of(args)
+        release.init(engine_client, state)
         state.kv_traits = kv_traits(engine_client.vllm_config)
         state.kv_events = kv_event_source(engine_client.vllm_config)
         state.token_parallel = RankStatus(engine_client, options, args.tensor_parallel_size)
