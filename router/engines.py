@@ -37,8 +37,8 @@ class Engine:
         self.kv_traits: dict[str, str] = {}  # what must be equal on both sides of a hand-off; empty if it does not tell
         self.num_outstanding = 0
         self.num_chosen = 0
-        self.num_progress = 0  # grows while it generates for clients
         self.load = EngineLoad(endpoint.role)
+        self.num_progress = 0  # grows while it generates for clients
         self.suspected = asyncio.Event()  # wakes the health check before its time
 
     def mark_up(self, models: dict[str, JsonObject], kv_traits: dict[str, str]) -> None:
@@ -174,7 +174,7 @@ class EnginePool:
         ]
 
     def _prefilled(self) -> set[str]:
-        return {name for e in self.of(Role.PREFILL) if e.is_up for name in e.models}
+        return {name for e in self.of(Role.PREFILL) if e.is_up and not e.is_draining for name in e.models}
 
     def _fitting_pairs(self, prefill: Sequence[Engine], decode: Sequence[Engine]) -> list[tuple[Engine, Engine]]:
         """Those that can hand a KV cache over. Raises NoEngine, with what differs, if engines there are but no pair."""

@@ -70,9 +70,9 @@ class Handoff:
         """Answers the client. Raises RouterError when it can't; what was sent until then stands in the reply."""
         roles = (Role.DECODE,) if self._local_prefill else (Role.PREFILL, Role.DECODE)
         self._fleet.pool.require(self._request.model, roles)
-        self._fleet.retries.deposit()
         if self._fleet.pool.chooser.looks_at_prefixes:
             await self._fleet.tokenizer.complete(self._request)
+        self._fleet.retries.deposit()
         try:
             await self._run_with_retries()
         finally:
@@ -94,9 +94,9 @@ class Handoff:
 
     async def _can_go_on(self, failure: EngineFailure) -> bool:
         """Whether an engine is left that was not tried, and retries are. Raises NoEngine if that was the last alive."""
-        role, pool = failure.endpoint.role, self._fleet.pool
-        is_local = role is Role.PREFILL and pool.local_prefill(self._request) is not None
-        if not is_local and pool.choose(role, self._request, self._tried, self._prefilled_by) is None:
+        pool, role = self._fleet.pool, failure.endpoint.role
+        needs_none = role is Role.PREFILL and pool.local_prefill(self._request) is not None
+        if not needs_none and pool.choose(role, self._request, self._tried, self._prefilled_by) is None:
             return False
         if self._reply.started and not await self._prepare_continuation():
             return False
@@ -116,24 +116,23 @@ class Handoff:
         except EngineFailure as error:
             logger.warning("the stream of request %s can't be continued: %s", self._asked.id, error)
             return False
-        context = engine.models[self._asked.model].get("max_model_len", len(prompt_ids))
-        rest = self._transcript.remaining(prompt_ids, context)
+        card = engine.models[self._asked.model]
+        rest = self._transcript.remaining(prompt_ids, card.get("max_model_len", len(prompt_ids)))
         if rest is None:
             return False
         self._request = rest
+        self._fleet.pool.chooser.describe(rest, rest.demand.session, card)
         self._record.num_continuations += 1
         self._fleet.metrics.continued()
         return True
 
-    @property
-    def _has_kv(self) -> bool:
-        """A prefill engine keeps KV cache that no decode engine was told of."""
-        return self._lease is not None and self._lease.params is not None and not self._lease.readers
-
     async def _attempt(self) -> None:
-        if self._local_prefill is None and not self._has_kv:
+        holds_kv = self._lease is not None and self._lease.params is not None and not self._lease.readers
+        if self._local_prefill is None and not holds_kv:
             self._local_prefill = self._record.local_prefill = self._fleet.pool.local_prefill(self._request)
-        if self._local_prefill is None and not self._has_kv:
+            if self._local_prefill is not None:
+                self._give_back()  # what an attempt before may have left on a prefill engine
+        if self._local_prefill is None and not holds_kv:
             await self._prefill(self._choose(Role.PREFILL))
         await self._decode(self._choose(Role.DECODE))
 

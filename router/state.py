@@ -74,7 +74,8 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         ]
         try:
             budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
-            fleet = Fleet(settings, session, pool, metrics, releaser, budget, PromptTokenizer(pool, session))
+            tokenizer = PromptTokenizer(pool, session)
+            fleet = Fleet(settings, session, pool, metrics, releaser, budget, tokenizer)
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
         finally:
             for watcher in watchers:

@@ -66,7 +66,7 @@ class ScriptedEngine:
         self.ranks: list[dict[str, Any]] | None = None  # None as of an engine without GET /token_parallel
         self.metrics_text = ""  # of GET /metrics
         self.kv_events: bytes | None = None  # of GET /kv_events, None if there is no such route
-        self.tokens: list[int] | None = None  # of POST /tokenize
+        self.tokens: list[int] = []  # of POST /tokenize, if it is not to be a token a character
         self.port = 0
         self._runner: web.AppRunner | None = None
 
@@ -95,11 +95,11 @@ class ScriptedEngine:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
         app.router.add_get("/token_parallel/requests/{id}", self._transfer)
-        app.router.add_post("/requests/{id}/abort", self._abort)
-        app.router.add_post("/kv_leases/{id}/release", self._release)
         app.router.add_get("/token_parallel", self._ranks)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/kv_events", self._kv_events)
+        app.router.add_post("/requests/{id}/abort", self._abort)
+        app.router.add_post("/kv_leases/{id}/release", self._release)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
@@ -151,11 +151,9 @@ class ScriptedEngine:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         """What the test says, or a token a character."""
-        if self.tokens is not None:
-            return web.json_response({"tokens": self.tokens})
         body = await request.json()
         text = body.get("prompt") or body["messages"][-1]["content"]
-        return web.json_response({"tokens": [ord(char) for char in text]})
+        return web.json_response({"tokens": self.tokens or [ord(char) for char in text]})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
