@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from router.errors import InvalidRequest, MethodNotAllowed, NotFound, RouterError, error_body
 from router.front import Front
+from router.gate import PROBES, Gate, caller_of
 from router.generation import GenerationRoute
 from router.logs import configure_logging
 from router.protocol import limited_protocol
@@ -36,6 +37,7 @@ def create_app(settings: RouterSettings) -> FastAPI:
             yield
 
     app = FastAPI(title="tknp router", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Gate, open_paths=PROBES | ({"/metrics"} if settings.open_metrics else set()))
     app.add_middleware(Front, max_header_bytes=settings.max_header_bytes)
     for api in Api:
         app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
@@ -126,7 +128,7 @@ async def metrics(request: Request) -> Response:
 async def request_record(request_id: str, request: Request) -> JSONResponse:
     """The moments of one request, in flight or among the last that ended."""
     record = _state(request).records.get(request_id)
-    if record is None:
+    if record is None or not record.is_visible_to(caller_of(request)):  # others' requests do not exist for a caller
         raise NotFound(f"No request {request_id!r} is in flight or among the last that were kept.")
     return JSONResponse(record.as_dict())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, FilePath, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from router.keys import read_keys
 from router.types import Endpoint, Role
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -85,6 +87,43 @@ class RouterSettings(BaseSettings):
     num_request_records: int = Field(
         default=1000, ge=1, description="Finished requests kept for GET /requests/{id}; about 2 KiB each."
     )
+
+    # Admission
+    max_requests_in_flight: int = Field(
+        default=4096,
+        ge=1,
+        description="Requests that engines have at once from this router. Engines queue for themselves, so it is above "
+        "what they run at once; it bounds what the router holds, two descriptors and some 50 KiB each.",
+    )
+    max_queue_length: int = Field(
+        default=1024, ge=0, description="Requests that wait when that many are in flight; more would hardly be in time."
+    )
+    queue_timeout: Seconds = Field(
+        default=60.0, description="Seconds that a request waits in the queue; a client's patience is rarely longer."
+    )
+    max_requests_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests of one API key in the router at once; none by default, and the key file can set another.",
+    )
+
+    # Access
+    api_keys_file: FilePath | None = Field(
+        default=None,
+        description="File with the API keys of clients, one a line, or TOML; it is read again when it changes. "
+        "None by default: everybody may ask.",
+    )
+    open_metrics: bool = Field(
+        default=False,
+        description="Whether /metrics needs no API key; by default it does, for it names engines and keys.",
+    )
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _check_keys(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            read_keys(path)
+        return path
 
     @field_validator("prefill_urls", "decode_urls", mode="before")
     @classmethod

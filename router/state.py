@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from router.access import Access
+from router.admission import Admission
+from router.admission_metrics import AdmissionCollector, AdmissionMetrics
 from router.engines import EnginePool
 from router.handoff import Fleet
 from router.health import HealthChecker
@@ -36,6 +39,8 @@ class RouterState:
     metrics: RouterMetrics
     fleet: Fleet
     transfers: TransferRecorder
+    access: Access
+    admission: Admission
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -54,13 +59,17 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     records = RecordStore(settings.num_request_records)
     metrics = RouterMetrics(registry)
     registry.register(StateCollector(pool, records))
-    async with make_session(settings) as session:
+    admission_metrics = AdmissionMetrics(registry)
+    access = Access(admission_metrics)
+    admission = Admission(settings, admission_metrics)
+    registry.register(AdmissionCollector(admission))
+    async with access.keys_from(settings.api_keys_file), make_session(settings) as session:
         releaser = LeaseReleaser(session, pool)
         transfers = TransferRecorder(session, metrics, log_request)
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
             fleet = Fleet(settings, session, pool, metrics, releaser)
-            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
+            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, access, admission)
         finally:
             checks.cancel()
             with contextlib.suppress(asyncio.CancelledError):
