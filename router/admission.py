@@ -90,12 +90,17 @@ class Admission:
         record.mark(Moment.QUEUED)
         begin = self._now()
         latest = begin + self._queue_timeout
+        deadline = math.inf if terms.deadline is None else terms.deadline
         has_slot = False
         try:
-            async with asyncio.timeout_at(latest if terms.deadline is None else min(latest, terms.deadline)):
+            async with asyncio.timeout_at(min(latest, deadline)):
                 has_slot = await waiter.verdict is Verdict.ADMITTED
         except TimeoutError as error:
-            raise self._waited_too_long(terms, self._now() - begin) from error
+            if deadline < latest:
+                self._metrics.rejected(terms.priority, Rejection.DEADLINE)
+                raise DeadlineExceeded("The request's deadline (X-Request-Timeout) passed in the queue.") from error
+            message = f"The request waited {self._now() - begin:.1f} s for its turn."
+            raise self._overloaded(message, Rejection.QUEUE_TIMEOUT) from error
         finally:
             if not has_slot:
                 self._withdraw(waiter)
@@ -120,12 +125,6 @@ class Admission:
             return
         following.lane.account.num_in_flight += 1
         following.verdict.set_result(Verdict.ADMITTED)
-
-    def _waited_too_long(self, terms: Terms, seconds: float) -> Overloaded | DeadlineExceeded:
-        if terms.deadline is not None and self._now() >= terms.deadline:
-            self._metrics.rejected(terms.priority, Rejection.DEADLINE)
-            return DeadlineExceeded(f"The request's deadline passed after {seconds:.1f} s in the queue.")
-        return self._overloaded(f"The request waited {seconds:.1f} s for its turn.", Rejection.QUEUE_TIMEOUT)
 
     def _overloaded(self, message: str, reason: Rejection) -> Overloaded:
         return Overloaded(message, reason, retry_after=self.retry_after(len(self.queue), self.max_in_flight))
