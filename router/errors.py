@@ -52,6 +52,10 @@ class BodyTimeout(InvalidRequest):
     status, code, closes_connection = 408, "request_timeout", True
 
 
+class HeaderTimeout(BodyTimeout):
+    pass
+
+
 class BodyTooLarge(InvalidRequest):
     status, code, closes_connection = 413, "request_too_large", True
 

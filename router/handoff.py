@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from router.engines import Engine, EnginePool
+    from router.hosts import EngineHosts
     from router.leases import LeaseReleaser
     from router.lifetime import RequestRecord
     from router.metrics import RouterMetrics
@@ -36,6 +37,7 @@ class Fleet:
     pool: EnginePool
     metrics: RouterMetrics
     releaser: LeaseReleaser
+    hosts: EngineHosts
 
 
 class Handoff:
@@ -102,9 +104,11 @@ class Handoff:
                 async with response:
                     answer = await response.read()
             try:
-                self._held = kv_params(answer)
+                params = kv_params(answer)
             except ValueError as error:
                 raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object") from error
+            await self._fleet.hosts.check(endpoint, params)
+            self._held = params
             self._record.mark(Moment.PREFILL_DONE)
         self._prefilled_by = engine
         if self._held is None:

@@ -16,6 +16,7 @@ from router.admission_metrics import AdmissionCollector, AdmissionMetrics
 from router.engines import EnginePool
 from router.handoff import Fleet
 from router.health import HealthChecker
+from router.hosts import EngineHosts
 from router.leases import LeaseReleaser
 from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
@@ -68,7 +69,8 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         transfers = TransferRecorder(session, metrics, log_request)
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
-            fleet = Fleet(settings, session, pool, metrics, releaser)
+            hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
+            fleet = Fleet(settings, session, pool, metrics, releaser, hosts)
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, access, admission)
         finally:
             checks.cancel()

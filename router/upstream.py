@@ -26,8 +26,13 @@ def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
         connector=connector,
         auto_decompress=False,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
-        headers={"Accept-Encoding": "identity"},
+        headers={"Accept-Encoding": "identity", **_credentials(settings)},
     )
+
+
+def _credentials(settings: RouterSettings) -> dict[str, str]:
+    key = settings.engine_key
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 @contextmanager

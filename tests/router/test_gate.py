@@ -155,3 +155,49 @@ def test_without_a_key_file_everybody_may_ask(start_stack: StartStack) -> None:
     assert stack.router.complete(bearer(WRONG)).status == 200
     assert stack.router.call("GET", "/metrics").status == 200
     assert stack.router.metric("tknp_unauthorized_requests_total", reason="missing") == 0
+
+
+ORIGIN = "https://chat.example.org"
+PREFLIGHT = {
+    "Origin": ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization",
+}
+
+
+def test_pages_of_other_origins_may_not_ask(start_stack: StartStack) -> None:
+    stack = start_stack()
+    for answer in (
+        stack.router.call("OPTIONS", "/v1/completions", headers=PREFLIGHT),
+        stack.router.complete({"Origin": ORIGIN}),
+    ):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_pages_of_the_origins_in_the_settings_may(start_stack: StartStack, keys_file: Path) -> None:
+    stack = start_stack(api_keys_file=keys_file, cors_allowed_origins=f"{ORIGIN}, https://b.example.org")
+    answer = stack.router.call("OPTIONS", "/v1/completions", headers=PREFLIGHT)
+    assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, ORIGIN)
+    assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+    answer = stack.router.call(
+        "OPTIONS", "/v1/completions", headers={**PREFLIGHT, "Origin": "https://evil.example.org"}
+    )
+    assert "access-control-allow-origin" not in answer.headers
+    refused = stack.router.complete({"Origin": ORIGIN})  # a page can read why
+    assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+    stream = stack.router.complete({**bearer(KEY), "Origin": ORIGIN}, stream=True)
+    assert stream.headers["access-control-allow-origin"] == ORIGIN
+    assert "X-Request-Id" in stream.headers["access-control-expose-headers"]
+    assert stream.body.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("kind", ["setting", "file"])
+def test_engines_get_the_key_that_they_were_started_with(start_stack: StartStack, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "key").write_text("sk-engine-0001\n")
+    given = {"engine_api_key": "sk-engine-0001"} if kind == "setting" else {"engine_api_key_file": tmp_path / "key"}
+    stack = start_stack(**given)
+    assert stack.router.complete({"Authorization": "Bearer sk-of-the-client"}).status == 200
+    for engine in (stack.prefill[0], stack.decode[0]):
+        assert engine.seen[0].headers["authorization"] == "Bearer sk-engine-0001"
+    assert "sk-engine-0001" not in repr(stack.router.state.settings)
+    assert b"sk-engine-0001" not in stack.router.call("GET", "/metrics").body
