@@ -16,6 +16,8 @@ from router.watch import WatchedFile
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from starlette.types import Scope
+
     from router.admission_metrics import AdmissionMetrics
     from router.callers import Caller
 
@@ -31,20 +33,31 @@ class Access:
         self.metrics = metrics
         self._keys: KeyRing | None = None
 
-    def identify(self, headers: list[tuple[bytes, bytes]]) -> Caller:
+    def identify(self, scope: Scope) -> Caller:
         """Raises InvalidKey."""
         if self._keys is None:
             return ANONYMOUS
         authorization = None
-        for name, value in headers:
+        for name, value in scope["headers"]:
             if name == b"authorization":
                 authorization = value
                 break
+        # Browsers send Basic credentials along with whatever any page makes them send, so it must change nothing.
         try:
-            return self._keys.find(authorization)
+            return self._keys.find(authorization, takes_basic=scope["method"] == "GET")
         except InvalidKey as error:
             self.metrics.unauthorized(is_missing=error.is_missing)
             raise
+
+    def is_known(self, scope: Scope) -> bool:
+        """For an open path that tells more to those with a key."""
+        if self._keys is not None and not any(name == b"authorization" for name, _ in scope["headers"]):
+            return False  # a probe: no attempt to get in that would have to be counted
+        try:
+            self.identify(scope)
+        except InvalidKey:
+            return False
+        return True
 
     @contextlib.asynccontextmanager
     async def keys_from(self, path: Path | None) -> AsyncIterator[None]:

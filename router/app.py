@@ -115,9 +115,12 @@ async def health() -> dict[str, str]:
 
 
 async def ready(request: Request) -> JSONResponse:
-    """Whether a request would be served now, and if not, what is missing."""
+    """Whether a request would be served now, and if not, what is missing; to strangers, no more than whether."""
     pool = _state(request).pool
     missing = pool.missing()
+    status = HTTPStatus.SERVICE_UNAVAILABLE if missing else HTTPStatus.OK
+    if not _state(request).access.is_known(request.scope):
+        return JSONResponse({"ready": not missing}, status)
     engines = [
         {
             "role": engine.endpoint.role,
@@ -130,7 +133,7 @@ async def ready(request: Request) -> JSONResponse:
         for engine in pool.engines
     ]
     content = {"ready": not missing, "missing": missing, "engines": engines}
-    return JSONResponse(content, HTTPStatus.SERVICE_UNAVAILABLE if missing else HTTPStatus.OK)
+    return JSONResponse(content, status)
 
 
 async def metrics(request: Request) -> Response:

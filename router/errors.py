@@ -69,13 +69,14 @@ class InvalidKey(InvalidRequest):
 
     status, code = 401, "invalid_api_key"
 
-    def __init__(self, message: str, *, is_missing: bool) -> None:
+    def __init__(self, message: str, *, is_missing: bool, takes_basic: bool = False) -> None:
         super().__init__(message)
         self.is_missing = is_missing
+        self._schemes = b'Bearer, Basic realm="tknp, the key is the password"' if takes_basic else b"Bearer"
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        return [(b"www-authenticate", b"Bearer")]
+        return [(b"www-authenticate", self._schemes)]
 
 
 class Forbidden(InvalidRequest):

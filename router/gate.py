@@ -39,7 +39,7 @@ class Gate:
         if state.get("is_surplus"):  # see router/protocol.py
             router.access.metrics.connection_refused()
             raise TooManyConnections("The router has as many connections as it takes. Retry in 5 s.")
-        state["caller"] = router.access.identify(scope["headers"])
+        state["caller"] = router.access.identify(scope)
 
 
 def caller_of(request: Request) -> Caller:

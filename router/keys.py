@@ -14,6 +14,8 @@ key itself or its SHA-256 stands, and everything else is optional:
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import os
 import tomllib
@@ -80,18 +82,34 @@ class KeyRing:
         self._secret = os.urandom(32)
         self._callers = {self._mask(caller.id): caller for caller in callers}
 
-    def find(self, authorization: bytes | None) -> Caller:
-        """The caller that the value of an Authorization header belongs to. Raises InvalidKey."""
+    def find(self, authorization: bytes | None, *, takes_basic: bool = False) -> Caller:
+        """The caller that the value of an Authorization header belongs to. Raises InvalidKey.
+
+        Args:
+            takes_basic: whether a key may also be the password of HTTP's Basic scheme, which browsers ask people for.
+        """
         if authorization is None:
-            raise InvalidKey(f"This server needs an API key. {HOW_TO_SEND}", is_missing=True)
-        scheme, _, key = authorization.partition(b" ")
-        caller = self._callers.get(self._mask(hashlib.sha256(key.strip()).digest()))
-        if caller is None or scheme.lower() != b"bearer":
-            raise InvalidKey(f"The API key is not one of this server's. {HOW_TO_SEND}", is_missing=False)
+            raise InvalidKey(f"This server needs an API key. {HOW_TO_SEND}", is_missing=True, takes_basic=takes_basic)
+        scheme, _, credentials = authorization.partition(b" ")
+        scheme = scheme.lower()
+        key = credentials.strip() if scheme == b"bearer" else b""
+        if takes_basic and scheme == b"basic":
+            key = _password(credentials)
+        caller = self._callers.get(self._mask(hashlib.sha256(key).digest()))
+        if caller is None:
+            message = f"The API key is not one of this server's. {HOW_TO_SEND}"
+            raise InvalidKey(message, is_missing=False, takes_basic=takes_basic)
         return caller
 
     def _mask(self, digest: bytes) -> bytes:
         return hashlib.blake2b(digest, key=self._secret, digest_size=32).digest()
+
+
+def _password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _line_entries(text: str) -> list[tuple[str, _Entry]]:

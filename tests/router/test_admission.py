@@ -157,6 +157,21 @@ def test_a_client_that_hangs_up_in_the_queue_leaves_it_at_once(
     assert stack.router.metric("tknp_requests_total", endpoint="/v1/completions", outcome="cancelled") == 1
 
 
+def test_a_shutdown_tells_those_who_wait(start_stack: StartStack, pool: ThreadPoolExecutor) -> None:
+    stack = start_stack(max_requests_in_flight=1, shutdown_timeout=1.0)
+    gate = Gated(stack)
+    both = [ask(stack, pool)]
+    wait_for(lambda: stack.num_seen == 1)
+    both.append(ask(stack, pool))
+    gate.wait_queued(1)
+    stack.router.server.should_exit = True
+    assert [(one.result(20).status, one.result().error["code"]) for one in both] == [(503, "router_shutting_down")] * 2
+    gate.is_open.set()
+    admission = stack.router.state.admission
+    assert (admission.num_in_flight, len(admission.queue)) == (0, 0)
+    assert stack.num_seen == 1
+
+
 def test_keys_have_fair_shares_and_priorities(
     start_stack: StartStack, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -64,6 +65,31 @@ def test_paths_are_closed_unless_they_are_known_to_be_open(locked: Stack) -> Non
         assert locked.router.call("GET", path, headers=bearer(KEY)).status in (200, 404), path
     assert locked.router.call("GET", "/health").status == 200
     assert locked.router.call("GET", "/ready").status == 200
+
+
+def basic(key: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"me:{key}".encode()).decode()}
+
+
+def test_a_browser_may_show_the_key_as_a_password_to_look_and_not_to_ask(locked: Stack) -> None:
+    asked = locked.router.call("GET", "/metrics")
+    assert "Basic realm=" in asked.headers["www-authenticate"]
+    assert locked.router.call("GET", "/metrics", headers=basic(KEY)).status == 200
+    assert locked.router.call("GET", "/metrics", headers=basic(WRONG)).status == 401
+    for value in ("Basic", "Basic !", "Basic " + base64.b64encode(KEY.encode()).decode()):
+        assert locked.router.call("GET", "/metrics", headers={"Authorization": value}).status == 401
+    assert locked.router.complete(basic(KEY)).status == 401
+    assert locked.num_seen == 0
+
+
+def test_ready_tells_strangers_no_more_than_whether(locked: Stack) -> None:
+    assert locked.router.call("GET", "/ready").json() == {"ready": True}
+    assert locked.router.call("GET", "/ready", headers=bearer(WRONG)).json() == {"ready": True}
+    assert len(locked.router.call("GET", "/ready", headers=bearer(KEY)).json()["engines"]) == 2
+    assert locked.router.metric("tknp_unauthorized_requests_total", reason="missing") == 0
+    locked.prefill[0].kill()
+    wait_for(lambda: locked.router.call("GET", "/ready").status == 503)
+    assert locked.router.call("GET", "/ready").json() == {"ready": False}
 
 
 def test_metrics_can_be_opened(start_stack: StartStack, keys_file: Path) -> None:
