@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from router.errors import ClientStalled, DeadlineExceeded, Overloaded
@@ -17,14 +18,14 @@ from router.lifetime import Moment
 from router.types import Rejection
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from router.admission_metrics import AdmissionMetrics
     from router.callers import Caller
     from router.lifetime import RequestRecord
     from router.reply import Reply
     from router.settings import RouterSettings
     from router.terms import Terms
+
+Work = Callable[[], Awaitable[object]]
 
 MAX_RETRY_AFTER = 60  # s; load changes faster than an estimate over more than that is worth
 SMOOTHING = 0.05  # weight of the newest request in the mean duration: the last 20 or so count
@@ -42,7 +43,7 @@ class Admission:
         self._mean_seconds: float | None = None  # that requests are in flight; None before the first has ended
         self._now = asyncio.get_running_loop().time
 
-    async def run(self, work: Callable[[], Awaitable[None]], terms: Terms, record: RequestRecord, reply: Reply) -> None:
+    async def run(self, work: Work, terms: Terms, record: RequestRecord, reply: Reply) -> None:
         """Awaits `work()` when its turn comes. Raises Overloaded, DeadlineExceeded, or what the work raises."""
         account = self._open_account(terms)
         try:
@@ -134,7 +135,7 @@ class Admission:
         self._mean_seconds = seconds if mean is None else mean + SMOOTHING * (seconds - mean)
 
 
-async def _within(deadline: float, work: Callable[[], Awaitable[None]], reply: Reply) -> None:
+async def _within(deadline: float, work: Work, reply: Reply) -> None:
     try:
         async with asyncio.timeout_at(deadline) as limit:
             await work()
