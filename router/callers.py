@@ -35,7 +35,7 @@ class Caller:
     highest: Priority = Priority.NORMAL  # that a request may ask for
     weight: float = 1.0  # share of the engines relative to other callers' while requests wait
     max_requests: int | None = None  # in the router at once; None is the setting's
-    is_admin: bool = False  # sees every request
+    is_admin: bool = False  # sees every request, may drain engines
 
 
 # Without a key file nobody can be told from anybody else: all share one queue, and nothing is hidden from them.

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from router.state import RouterState
 
 PROBES = frozenset({"/health", "/ready"})  # what an orchestrator asks before it kills: always answered
+ADMIN_PREFIX = "/admin/"
 
 
 class Gate:
-    """Puts the caller into scope["state"]["caller"]. A path that is not known to be open needs a key."""
+    """Puts the caller into scope["state"]["caller"]. A path that is not known to be open needs a key.
+
+    What changes the router for everybody lies below ADMIN_PREFIX and needs an admin's key, if keys are in use at all.
+    """
 
     def __init__(self, app: ASGIApp, open_paths: frozenset[str]) -> None:
         self._app = app
@@ -39,16 +43,12 @@ class Gate:
         if state.get("is_surplus"):  # see router/protocol.py
             router.access.metrics.connection_refused()
             raise TooManyConnections("The router has as many connections as it takes. Retry in 5 s.")
-        state["caller"] = router.access.identify(scope)
+        caller = state["caller"] = router.access.identify(scope)
+        if scope["path"].startswith(ADMIN_PREFIX) and not caller.is_admin:
+            raise Forbidden("This path needs the API key of an admin.")
 
 
 def caller_of(request: Request) -> Caller:
     """Of a request that came through the gate, and not on an open path."""
     caller: Caller = request.scope["state"]["caller"]
     return caller
-
-
-def require_admin(request: Request) -> None:
-    """Raises Forbidden unless the request's key is an admin's, or no keys are in use."""
-    if not caller_of(request).is_admin:
-        raise Forbidden("This needs the API key of an admin.")

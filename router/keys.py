@@ -9,7 +9,7 @@ key itself or its SHA-256 stands, and everything else is optional:
     priority = "high"      # high, normal or low: of its requests, unless they ask for a lower one
     weight = 2.0           # share of the engines relative to other keys' while requests wait
     max_requests = 50      # in the router at once
-    admin = true           # sees every key's requests
+    admin = true           # sees every key's requests, and may use the paths below /admin/
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.policy import least_loaded
 from router.records import RecordStore
+from router.retries import RetryBudget
 from router.transfers import TransferRecorder
 from router.types import Outcome, Role
 from router.upstream import make_session
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from router.settings import RouterSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RouterState:
     settings: RouterSettings
     registry: CollectorRegistry
@@ -42,6 +43,7 @@ class RouterState:
     transfers: TransferRecorder
     access: Access
     admission: Admission
+    is_draining: bool = False  # /ready says no; requests are still taken
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -56,7 +58,7 @@ class RouterState:
 @contextlib.asynccontextmanager
 async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     registry = CollectorRegistry()
-    pool = EnginePool(settings.endpoints, dict.fromkeys(Role, least_loaded))
+    pool = EnginePool(settings.endpoints, dict.fromkeys(Role, least_loaded), settings.breaker_failures)
     records = RecordStore(settings.num_request_records)
     metrics = RouterMetrics(registry)
     registry.register(StateCollector(pool, records))
@@ -65,12 +67,13 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     admission = Admission(settings, admission_metrics)
     registry.register(AdmissionCollector(admission))
     async with access.keys_from(settings.api_keys_file), make_session(settings) as session:
-        releaser = LeaseReleaser(session, pool)
+        releaser = LeaseReleaser(session, metrics)
         transfers = TransferRecorder(session, metrics, log_request)
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
+            budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
             hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
-            fleet = Fleet(settings, session, pool, metrics, releaser, hosts)
+            fleet = Fleet(settings, session, pool, metrics, releaser, budget, hosts)
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, access, admission)
         finally:
             checks.cancel()

@@ -67,6 +67,17 @@ def test_paths_are_closed_unless_they_are_known_to_be_open(locked: Stack) -> Non
     assert locked.router.call("GET", "/ready").status == 200
 
 
+def test_only_admins_change_the_router(locked: Stack) -> None:
+    path = f"/admin/engines/{locked.decode[0].name}/drain"
+    assert locked.router.call("POST", path).status == 401
+    refused = locked.router.call("POST", path, headers=bearer(KEY))
+    assert (refused.status, refused.error["code"]) == (403, "forbidden")
+    assert locked.router.call("POST", "/admin/nothing", headers=bearer(KEY)).status == 403
+    assert locked.router.complete(bearer(KEY)).status == 200
+    assert locked.router.call("POST", path, headers=bearer(ADMIN)).status == 200
+    assert locked.router.call("POST", path.replace("drain", "resume"), headers=bearer(ADMIN)).status == 200
+
+
 def basic(key: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"me:{key}".encode()).decode()}
 

@@ -106,7 +106,8 @@ class PartitionedKVCacheManager:
             # vLLM looks up whatever has no computed token. So has a request whose only prompt token was pulled, since
             # the last prompt token is always computed; it stays where its block is.
             self.placing_rank = owner
-            return self.managers[owner].get_computed_blocks(request)
+            blocks, num_tokens, boundary = self.managers[owner].get_computed_blocks(request)
+            return blocks, num_tokens, boundary
         hits = [manager.get_computed_blocks(request) for manager in self.managers]
         self._forget(request.request_id)
         requests = self.requests_per_rank()
