@@ -14,30 +14,43 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from router.drain import DrainingServer, drain_engine, resume_engine
 from router.errors import InvalidRequest, MethodNotAllowed, NotFound, RouterError, error_body
 from router.front import Front
+from router.gate import PROBES, Gate, caller_of
 from router.generation import GenerationRoute
 from router.logs import configure_logging
 from router.protocol import limited_protocol
 from router.settings import RouterSettings
 from router.state import RouterState, open_state
+from router.tls import Certificate
 from router.types import Api
 
 
-def create_app(settings: RouterSettings) -> FastAPI:
+def create_app(settings: RouterSettings, certificate: Certificate | None = None) -> FastAPI:
     """All state is built when the application starts, in its lifespan, and hangs on `app.state.router`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_state(settings) as state:
+        fresh = contextlib.nullcontext() if certificate is None else certificate.kept_fresh()
+        async with fresh, open_state(settings) as state:
             app.state.router = state
             yield
 
     app = FastAPI(title="tknp router", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Gate, open_paths=PROBES | ({"/metrics"} if settings.open_metrics else set()))
     app.add_middleware(Front, max_header_bytes=settings.max_header_bytes)
+    if settings.cors_allowed_origins:  # outermost: a browser asks without a key first, and reads errors too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
     for api in Api:
         app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
     app.add_api_route("/v1/models", list_models)
@@ -55,12 +68,16 @@ def create_app(settings: RouterSettings) -> FastAPI:
 
 def make_server(settings: RouterSettings) -> uvicorn.Server:
     """The server, not started: `await server.serve()` or `server.run()`."""
+    certificate = None
+    if settings.ssl_certfile is not None:
+        certificate = Certificate(settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca_certs)
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, certificate),
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=limited_protocol(settings.max_header_bytes),
+        http=limited_protocol(settings),
+        ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -101,10 +118,13 @@ async def health() -> dict[str, str]:
 
 
 async def ready(request: Request) -> JSONResponse:
-    """Whether a request would be served now, and if not, what is missing."""
+    """Whether a request would be served now, and if not, what is missing; to strangers, no more than whether."""
     state = _state(request)
     pool = state.pool
     missing = ["the router is draining"] if state.is_draining else pool.missing()
+    status = HTTPStatus.SERVICE_UNAVAILABLE if missing else HTTPStatus.OK
+    if not state.access.is_known(request.scope):
+        return JSONResponse({"ready": not missing}, status)
     engines = [
         {
             "role": engine.endpoint.role,
@@ -121,7 +141,7 @@ async def ready(request: Request) -> JSONResponse:
         for engine in pool.engines
     ]
     content = {"ready": not missing, "missing": missing, "degraded": pool.degraded(), "engines": engines}
-    return JSONResponse(content, HTTPStatus.SERVICE_UNAVAILABLE if missing else HTTPStatus.OK)
+    return JSONResponse(content, status)
 
 
 async def metrics(request: Request) -> Response:
@@ -134,7 +154,7 @@ async def metrics(request: Request) -> Response:
 async def request_record(request_id: str, request: Request) -> JSONResponse:
     """The moments of one request, in flight or among the last that ended."""
     record = _state(request).records.get(request_id)
-    if record is None:
+    if record is None or not record.is_visible_to(caller_of(request)):  # others' requests do not exist for a caller
         raise NotFound(f"No request {request_id!r} is in flight or among the last that were kept.")
     return JSONResponse(record.as_dict())
 

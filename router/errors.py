@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from router.types import Outcome
+from router.types import Outcome, Rejection
 
 if TYPE_CHECKING:
     from router.types import Endpoint
@@ -52,12 +52,35 @@ class BodyTimeout(InvalidRequest):
     status, code, closes_connection = 408, "request_timeout", True
 
 
+class HeaderTimeout(BodyTimeout):
+    pass
+
+
 class BodyTooLarge(InvalidRequest):
     status, code, closes_connection = 413, "request_too_large", True
 
 
 class HeadersTooLarge(InvalidRequest):
     status, code, closes_connection = 431, "headers_too_large", True
+
+
+class InvalidKey(InvalidRequest):
+    """No API key, or one that is not known. The message never holds what was sent."""
+
+    status, code = 401, "invalid_api_key"
+
+    def __init__(self, message: str, *, is_missing: bool, takes_basic: bool = False) -> None:
+        super().__init__(message)
+        self.is_missing = is_missing
+        self._schemes = b'Bearer, Basic realm="tknp, the key is the password"' if takes_basic else b"Bearer"
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"www-authenticate", self._schemes)]
+
+
+class Forbidden(InvalidRequest):
+    status, code = 403, "forbidden"
 
 
 class NoEngine(RouterError):
@@ -70,6 +93,40 @@ class NoEngine(RouterError):
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         return [(b"retry-after", str(self.retry_after).encode())]
+
+
+class Overloaded(RouterError):
+    """There is no room for the request now. 429 if the caller has too much here, 503 if everybody together has."""
+
+    type, outcome = "service_unavailable_error", Outcome.OVERLOADED
+
+    def __init__(self, message: str, reason: Rejection, *, retry_after: int) -> None:
+        super().__init__(f"{message} Retry in {retry_after} s.")
+        self.reason = reason
+        self.retry_after = retry_after  # s
+        if reason is Rejection.KEY_LIMIT:
+            self.status, self.type, self.code = 429, "rate_limit_error", "rate_limit_exceeded"
+        else:
+            self.status, self.code = 503, "overloaded"
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"retry-after", str(self.retry_after).encode())]
+
+
+class TooManyConnections(RouterError):
+    status, type, code, outcome = 503, "service_unavailable_error", "too_many_connections", Outcome.OVERLOADED
+    closes_connection = True
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"retry-after", b"5"), *super().headers]
+
+
+class DeadlineExceeded(RouterError):
+    """The time that the client gave its request is over."""
+
+    status, type, code, outcome = 504, "timeout_error", "deadline_exceeded", Outcome.TIMEOUT
 
 
 class ClientStalled(RouterError):

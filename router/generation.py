@@ -15,6 +15,7 @@ from router.handoff import Handoff
 from router.hangup import run_until_hang_up
 from router.lifetime import Moment, RequestRecord
 from router.reply import Reply
+from router.terms import read_terms
 from router.types import Outcome, Role
 from router.validation import check_length, parse_request
 
@@ -35,7 +36,7 @@ class GenerationRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: RouterState = scope["app"].state.router
-        record = RequestRecord(scope["state"]["request_id"], self._api)
+        record = RequestRecord(scope["state"]["request_id"], self._api, scope["state"]["caller"])
         reply = Reply(send)
         state.records.begin(record)
         try:
@@ -48,8 +49,10 @@ class GenerationRoute:
         self, state: RouterState, record: RequestRecord, reply: Reply, scope: Scope, receive: Receive
     ) -> None:
         try:
+            terms = read_terms(scope)
             request = await self._accept(state, record, scope, receive)
-            if await run_until_hang_up(Handoff(state.fleet, request, record, reply).run(), receive):
+            handoff = Handoff(state.fleet, request, record, reply)
+            if await run_until_hang_up(state.admission.run(handoff.run, terms, record, reply), receive):
                 record.outcome = Outcome.OK
             else:
                 _end(record, Outcome.CANCELLED, "the client hung up")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from router.engines import Engine, EnginePool
+    from router.hosts import EngineHosts
     from router.leases import LeaseReleaser
     from router.lifetime import RequestRecord
     from router.metrics import RouterMetrics
@@ -47,6 +48,7 @@ class Fleet:
     releaser: LeaseReleaser
     retries: RetryBudget
     tokenizer: PromptTokenizer
+    hosts: EngineHosts
 
 
 class Handoff:
@@ -155,9 +157,11 @@ class Handoff:
                 async with response:
                     answer = await response.read()
             try:
-                lease.params = kv_params(answer)
+                params = kv_params(answer)
             except ValueError as error:
                 raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object") from error
+            await self._fleet.hosts.check(endpoint, params)
+            lease.params = params
             self._mark(Moment.PREFILL_DONE)
         self._prefilled_by = engine
         if lease.params is None:

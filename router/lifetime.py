@@ -5,8 +5,9 @@
                                                      +-> transfer_begin -> transfer_end -----------+
                                                          (the decode engine tells these afterwards)
 
-`failed` or `cancelled` replaces whatever had not happened yet. A local prefill skips prefill_sent and prefill_done; an
-answer that is not streamed has no first_token. After a retry the moments are those of the last attempt.
+A request that has to wait for its turn passes queued and admitted after received. `failed` or `cancelled` replaces
+whatever had not happened yet. A local prefill skips prefill_sent and prefill_done; an answer that is not streamed has
+no first_token. After a retry the moments are those of the last attempt.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from router.callers import ANONYMOUS, Caller
+
 if TYPE_CHECKING:
     from router.types import Api, Endpoint, LocalPrefill, Outcome, Role
 
 
 class Moment(StrEnum):
     RECEIVED = "received"
+    QUEUED = "queued"
+    ADMITTED = "admitted"
     PREFILL_SENT = "prefill_sent"
     PREFILL_DONE = "prefill_done"
     DECODE_SENT = "decode_sent"
@@ -36,7 +41,8 @@ class Moment(StrEnum):
 class Phase(StrEnum):
     """The time between two moments. The values are labels of a metric."""
 
-    ROUTE = "route"  # reading, checking and choosing
+    ROUTE = "route"  # reading, checking, waiting for its turn, and choosing
+    QUEUE = "queue"  # of that, the wait
     PREFILL = "prefill"
     HANDOFF = "handoff"  # the router's own time between the legs
     TRANSFER = "transfer"
@@ -47,6 +53,7 @@ class Phase(StrEnum):
 
 BOUNDS: dict[Phase, tuple[Moment, Moment]] = {
     Phase.ROUTE: (Moment.RECEIVED, Moment.PREFILL_SENT),
+    Phase.QUEUE: (Moment.QUEUED, Moment.ADMITTED),
     Phase.PREFILL: (Moment.PREFILL_SENT, Moment.PREFILL_DONE),
     Phase.HANDOFF: (Moment.PREFILL_DONE, Moment.DECODE_SENT),
     Phase.TRANSFER: (Moment.TRANSFER_BEGIN, Moment.TRANSFER_END),
@@ -58,6 +65,8 @@ BOUNDS: dict[Phase, tuple[Moment, Moment]] = {
 # The phase that a request in flight is in, by the last moment that it passed.
 IN_FLIGHT: dict[Moment, Phase] = {
     Moment.RECEIVED: Phase.ROUTE,
+    Moment.QUEUED: Phase.QUEUE,
+    Moment.ADMITTED: Phase.ROUTE,
     Moment.PREFILL_SENT: Phase.PREFILL,
     Moment.PREFILL_DONE: Phase.HANDOFF,
     Moment.DECODE_SENT: Phase.FIRST_TOKEN,
@@ -88,6 +97,7 @@ class RequestRecord:
 
     id: str
     api: Api
+    caller: Caller = ANONYMOUS
     model: str | None = None
     stream: bool = False
     local_prefill: LocalPrefill | None = None
@@ -131,6 +141,9 @@ class RequestRecord:
         spans = {phase: self.between(*bounds) for phase, bounds in BOUNDS.items()}
         return {phase: seconds for phase, seconds in spans.items() if seconds is not None}
 
+    def is_visible_to(self, caller: Caller) -> bool:
+        return caller.is_admin or caller.id == self.caller.id
+
     def engine(self, role: Role) -> Endpoint | None:
         """The engine of that role that was used last."""
         return next((a.endpoint for a in reversed(self.attempts) if a.endpoint.role is role), None)
@@ -140,6 +153,7 @@ class RequestRecord:
         return {
             "request_id": self.id,
             "endpoint": self.api,
+            "key": self.caller.name,
             "model": self.model,
             "stream": self.stream,
             "outcome": self.outcome,

@@ -1,43 +1,72 @@
-"""uvicorn's HTTP protocol with an end to headers, and OpenAI's error body for what is not HTTP.
+"""uvicorn's HTTP protocol with an end to headers and to connections, and OpenAI's error body for what is not HTTP.
 
 httptools collects a header for as long as the client sends it; without this, one connection could fill the memory
-before the application sees anything.
+before the application sees anything, and any number of them could wait for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from router.errors import InvalidRequest, error_body
+from router.errors import HeaderTimeout, InvalidRequest, TooManyConnections, error_body
 from router.front import headers_too_large
 
 if TYPE_CHECKING:
     from router.errors import RouterError
+    from router.settings import RouterSettings
+
+NUM_SPARE = (
+    100  # connections above the limit that are still listened to: a probe must get through, or the router is killed
+)
 
 
-def limited_protocol(max_header_bytes: int) -> type[asyncio.Protocol]:
-    """A class, because uvicorn makes one instance for each connection. Hooks: HttpToolsProtocol's parser callbacks."""
+def limited_protocol(settings: RouterSettings) -> type[asyncio.Protocol]:
+    """A class, because uvicorn makes one instance for each connection. Hooks: HttpToolsProtocol's parser callbacks.
 
-    class HeaderLimitedProtocol(HttpToolsProtocol):
+    Requests of a connection above `max_connections` have "is_surplus" in their scope's state; see Gate.
+    """
+    max_header_bytes = settings.max_header_bytes
+    max_connections = settings.max_connections
+    header_timeout = settings.header_timeout
+
+    class LimitedProtocol(HttpToolsProtocol):
         num_header_bytes = 0
         in_headers = True
         has_completed = False
+        headers_due: asyncio.TimerHandle | None = None  # set while a request's headers are awaited
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            num_connections = len(self.connections)
+            if num_connections > max_connections + NUM_SPARE:
+                self._refuse(TooManyConnections(f"The router has {num_connections} connections."))
+                return
+            if num_connections > max_connections:
+                self.app_state = {**self.app_state, "is_surplus": True}
+            self._await_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._headers_came()
+            super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             self.has_completed = False
             super().data_received(data)
             # Headers that are complete are counted by the application; these are not complete yet.
-            if self.in_headers and not self.has_completed:
+            if self.in_headers and not self.has_completed and not self.transport.is_closing():
                 self.num_header_bytes += len(data)
-                if self.num_header_bytes > max_header_bytes and not self.transport.is_closing():
+                if self.num_header_bytes > max_header_bytes:
                     self._refuse(headers_too_large(max_header_bytes))
+                elif self.headers_due is None:
+                    self._await_headers()
 
         def on_headers_complete(self) -> None:
             self.in_headers = False
+            self._headers_came()
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
@@ -47,13 +76,31 @@ def limited_protocol(max_header_bytes: int) -> type[asyncio.Protocol]:
         def send_400_response(self, msg: str) -> None:
             self._refuse(InvalidRequest(msg))
 
+        def _await_headers(self) -> None:
+            self.headers_due = self.loop.call_later(header_timeout, self._give_up)
+
+        def _headers_came(self) -> None:
+            if self.headers_due is not None:
+                self.headers_due.cancel()
+                self.headers_due = None
+
+        def _give_up(self) -> None:
+            self.headers_due = None
+            if self.num_header_bytes:
+                self._refuse(HeaderTimeout(f"The request's headers did not arrive within {header_timeout:g} s."))
+            else:
+                self.transport.close()
+
         def _refuse(self, error: RouterError) -> None:
             body = error_body(error)
             phrase = HTTPStatus(error.status).phrase.encode()
+            headers: list[Any] = [(b"content-type", b"application/json"), *error.headers]
+            if not error.closes_connection:
+                headers.append((b"connection", b"close"))
+            lines = b"".join(b"%b: %b\r\n" % header for header in headers)
             self.transport.write(
-                b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-                % (error.status, phrase, len(body), body)
+                b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\n\r\n%b" % (error.status, phrase, lines, len(body), body)
             )
             self.transport.close()
 
-    return HeaderLimitedProtocol
+    return LimitedProtocol

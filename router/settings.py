@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from router.hosts import split_patterns
+from router.keys import read_keys
 from router.policies import load_policies
+from router.tls import make_context
 from router.types import Endpoint, Role
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -18,7 +22,7 @@ Urls = Annotated[tuple[str, ...], NoDecode]
 class RouterSettings(BaseSettings):
     """Each field: unit, default and the reason for it. Lists are comma-separated in the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="TKNP_ROUTER_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="TKNP_ROUTER_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; this machine only unless told otherwise.")
     port: int = Field(
@@ -163,7 +167,112 @@ class RouterSettings(BaseSettings):
             raise ValueError(f"a policy is one of {', '.join(names)}, not {name!r}")
         return name
 
-    @field_validator("prefill_urls", "decode_urls", mode="before")
+    # Admission
+    max_requests_in_flight: int = Field(
+        default=4096,
+        ge=1,
+        description="Requests that engines have at once from this router. Engines queue for themselves, so it is above "
+        "what they run at once; it bounds what the router holds, two descriptors and some 50 KiB each.",
+    )
+    max_queue_length: int = Field(
+        default=1024, ge=0, description="Requests that wait when that many are in flight; more would hardly be in time."
+    )
+    queue_timeout: Seconds = Field(
+        default=60.0, description="Seconds that a request waits in the queue; a client's patience is rarely longer."
+    )
+    max_requests_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests of one API key in the router at once; none by default, and the key file can set another.",
+    )
+
+    # Access
+    api_keys_file: FilePath | None = Field(
+        default=None,
+        description="File with the API keys of clients, one a line, or TOML; it is read again when it changes. "
+        "None by default: everybody may ask.",
+    )
+    open_metrics: bool = Field(
+        default=False,
+        description="Whether /metrics needs no API key; by default it does, for it names engines and keys.",
+    )
+
+    max_connections: int = Field(
+        default=10_000,
+        ge=1,
+        description="Connections at once; twice what may run and wait, for clients keep idle ones. Probes are answered "
+        "on a few more.",
+    )
+    header_timeout: Seconds = Field(
+        default=75.0,
+        description="Seconds for a request's headers, and until a new connection sends anything; longer than load "
+        "balancers keep an idle one.",
+    )
+    cors_allowed_origins: Urls = Field(
+        default=(),
+        description="Origins whose pages may ask from a browser, such as https://chat.example.org, or * for all; none "
+        "by default.",
+    )
+    ssl_certfile: FilePath | None = Field(
+        default=None,
+        description="Certificate chain (PEM) to serve HTTPS with; read again when it changes. HTTP if None.",
+    )
+    ssl_keyfile: FilePath | None = Field(
+        default=None, description="Private key (PEM) of the certificate; None if it stands in the same file."
+    )
+    ssl_ca_certs: FilePath | None = Field(
+        default=None, description="CA certificates (PEM); only clients with a certificate of one of them are let in."
+    )
+
+    # Trust between the router and its engines
+    allowed_engine_hosts: Urls = Field(
+        default=(),
+        description="Hosts that a prefill engine may name as the place of its KV cache, beside those of the engines' "
+        "URLs: names with * for any part, addresses, networks such as 10.0.0.0/8.",
+    )
+    engine_api_key: SecretStr | None = Field(
+        default=None,
+        description="The key that engines were started with (vLLM's --api-key). Options can be seen by others: set "
+        "it in the environment, or use the file.",
+    )
+    engine_api_key_file: FilePath | None = Field(
+        default=None, description="File that holds that key and nothing else; as Kubernetes mounts a secret."
+    )
+
+    @field_validator("allowed_engine_hosts")
+    @classmethod
+    def _check_hosts(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        split_patterns(patterns)
+        return patterns
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if self.ssl_certfile is not None:
+            make_context(self.ssl_certfile, self.ssl_keyfile, self.ssl_ca_certs)
+        elif self.ssl_keyfile is not None or self.ssl_ca_certs is not None:
+            raise ValueError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+        if self.engine_api_key is not None and self.engine_api_key_file is not None:
+            raise ValueError("give either --engine-api-key or --engine-api-key-file")
+        key = self.engine_key
+        if key is not None and (not key or not all("!" <= char <= "~" for char in key)):
+            raise ValueError("the engines' API key must be printable ASCII without spaces, and not empty")
+        return self
+
+    @property
+    def engine_key(self) -> str | None:
+        """The key that the router shows to engines."""
+        if self.engine_api_key_file is not None:
+            return self.engine_api_key_file.read_text(encoding="latin-1").strip()
+        return None if self.engine_api_key is None else self.engine_api_key.get_secret_value()
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _check_keys(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            read_keys(path)
+        return path
+
+    @field_validator("prefill_urls", "decode_urls", "cors_allowed_origins", "allowed_engine_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):

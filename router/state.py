@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from router.access import Access
+from router.admission import Admission
+from router.admission_metrics import AdmissionCollector, AdmissionMetrics
 from router.choice import Chooser
 from router.engines import EnginePool
 from router.handoff import Fleet
 from router.health import HealthChecker
+from router.hosts import EngineHosts
 from router.kv_events import KvEventWatcher
 from router.kv_poll import KvPoller
 from router.leases import LeaseReleaser
@@ -41,6 +45,8 @@ class RouterState:
     metrics: RouterMetrics
     fleet: Fleet
     transfers: TransferRecorder
+    access: Access
+    admission: Admission
     is_draining: bool = False  # /ready says no; requests are still taken
 
     def finish(self, record: RequestRecord) -> None:
@@ -61,7 +67,11 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     metrics = RouterMetrics(registry)
     registry.register(StateCollector(pool, records))
     registry.register(LoadCollector(pool, settings))
-    async with make_session(settings) as session:
+    admission_metrics = AdmissionMetrics(registry)
+    access = Access(admission_metrics)
+    admission = Admission(settings, admission_metrics)
+    registry.register(AdmissionCollector(admission))
+    async with access.keys_from(settings.api_keys_file), make_session(settings) as session:
         releaser = LeaseReleaser(session, metrics)
         transfers = TransferRecorder(session, metrics, log_request)
         watchers = [
@@ -75,8 +85,9 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         try:
             budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
             tokenizer = PromptTokenizer(pool, session)
-            fleet = Fleet(settings, session, pool, metrics, releaser, budget, tokenizer)
-            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
+            hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
+            fleet = Fleet(settings, session, pool, metrics, releaser, budget, tokenizer, hosts)
+            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, access, admission)
         finally:
             for watcher in watchers:
                 watcher.cancel()

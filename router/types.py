@@ -50,9 +50,20 @@ class Outcome(StrEnum):
     INVALID = "invalid"  # refused by the router: nothing reached an engine
     REJECTED = "rejected"  # refused by an engine with a 4xx
     UNAVAILABLE = "unavailable"  # no engine alive for it
+    OVERLOADED = "overloaded"  # no room for it in the router
     FAILED = "failed"
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"  # the client hung up
+
+
+class Rejection(StrEnum):
+    """Why admission turned a request away. The values are labels of a metric."""
+
+    KEY_LIMIT = "key_limit"  # its API key has as many requests here as it may
+    QUEUE_FULL = "queue_full"
+    DISPLACED = "displaced"  # it waited, and made room for a request of a higher priority or of a key with fewer
+    QUEUE_TIMEOUT = "queue_timeout"
+    DEADLINE = "deadline"  # its own deadline passed while it waited
 
 
 class LeaseEnd(StrEnum):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from router.settings import RouterSettings
     from router.types import Endpoint, GenerationRequest
 
+TOKENIZE_TIMEOUT = 10.0  # s; a client is waiting in mid-stream
+
 
 def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
     """One per process, without a limit on connections: admission is not the client's business."""
@@ -29,11 +31,13 @@ def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
         connector=connector,
         auto_decompress=False,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
-        headers={"Accept-Encoding": "identity"},
+        headers={"Accept-Encoding": "identity", **_credentials(settings)},
     )
 
 
-TOKENIZE_TIMEOUT = 10.0  # s; a client is waiting in mid-stream
+def _credentials(settings: RouterSettings) -> dict[str, str]:
+    key = settings.engine_key
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 @contextmanager

@@ -37,6 +37,16 @@ def test_help_of_a_command_names_its_options(command: str) -> None:
     assert ("vLLM's own" in ended.stdout) is (command != "router")
 
 
+def test_a_secret_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TKNP_ROUTER_ENGINE_API_KEY", "sk-engine-s3cret ")  # the space makes it wrong
+    keys = tmp_path / "keys"
+    keys.write_text("sk-client-s3cret with-a-space")
+    for words in ([], ["--help"], ["--api-keys-file", str(keys)]):
+        ended = tknp("router", *words)
+        assert ended.returncode == (0 if "--help" in words else 2)
+        assert "s3cret" not in ended.stdout + ended.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     source = "import sys, tknp.cli; print([n for n in ('torch', 'vllm', 'aiohttp', 'fastapi') if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", source], text=True, timeout=120).strip() == "[]"
@@ -56,6 +66,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["router", "--nope"], "unrecognized arguments: --nope"),
         (["router", "--port", "x"], "--port: "),
         (["router", "--prefill-urls", "nonsense"], "--prefill-urls: an engine is http://host:port"),
+        (["router", "--api-keys-file", "/none"], "--api-keys-file: Path does not point to a file"),
+        (["router", "--ssl-keyfile", __file__], "--ssl-keyfile and --ssl-ca-certs need --ssl-certfile"),
+        (["router", "--ssl-certfile", __file__], "can't be used"),
+        (["router", "--allowed-engine-hosts", "10.0.0.0/99"], "--allowed-engine-hosts: a host is a name"),
         (["make-model", "folder", "--shape", "gpt"], "--shape is one of gemma2, llama, not 'gpt'"),
     ],
 )

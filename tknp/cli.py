@@ -111,8 +111,8 @@ def router(context: typer.Context) -> None:
         _fail(str(error).removeprefix("error parsing CLI: "))
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
-        _fail(f"{option}: {first['msg'].removeprefix('Value error, ')}")
+        option = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        _fail((option and f"--{option}: ") + first["msg"].removeprefix("Value error, "))
     from router.app import run
 
     run(settings)

@@ -138,7 +138,7 @@ def test_while_decode_runs(stacks: tuple[Stack, Service], stream: bool) -> None:
 
 def test_a_stream_outlives_its_decode_engine(stacks: tuple[Stack, Service], plain_llama: Expected) -> None:
     """The last test of this file: it kills a decode engine."""
-    stack, spare = stacks
+    stack, _ = stacks
     ask = expected.long_stream()
     (plain,) = plain_llama([ask])
     with only(*stacks):

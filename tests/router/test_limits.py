@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 
 import orjson
 import pytest
 
+from router.protocol import NUM_SPARE
 from tests.router.conftest import Stack, StartStack
+from tests.router.running import wait_for
+from tests.router.scripted_engine import slow
 
 LIMIT = 4096
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
@@ -95,3 +99,67 @@ def test_content_type_does_not_matter(start_stack: StartStack) -> None:
     raw = orjson.dumps({"model": "tiny", "prompt": "hi"})
     assert stack.router.call("POST", "/v1/completions", raw, {"Content-Type": "text/plain"}).status == 200
     assert stack.decode[0].seen[0].headers["content-type"] == "application/json"
+
+
+def connect(stack: Stack, count: int) -> list[socket.socket]:
+    return [socket.create_connection(("127.0.0.1", stack.router.port), timeout=30) for _ in range(count)]
+
+
+def num_connections(stack: Stack) -> int:
+    return len(stack.router.server.server_state.connections)
+
+
+def test_too_many_connections(start_stack: StartStack) -> None:
+    """A request on one too many is refused; a probe is not, or the router would be killed for being busy."""
+    stack = start_stack(max_connections=5)
+    idle = connect(stack, 5)
+    wait_for(lambda: num_connections(stack) == 5)
+    answer = stack.router.complete()
+    assert (answer.status, answer.error["code"]) == (503, "too_many_connections")
+    assert (answer.headers["connection"], answer.headers["retry-after"]) == ("close", "5")
+    assert stack.router.metric("tknp_refused_connections_total") == 1
+    assert stack.num_seen == 0
+    assert stack.router.call("GET", "/health").status == stack.router.call("GET", "/ready").status == 200
+    idle.pop().close()
+    wait_for(lambda: stack.router.complete().status == 200)
+    for one in idle:
+        one.close()
+
+
+def test_far_too_many_connections_are_closed_unheard(start_stack: StartStack) -> None:
+    stack = start_stack(max_connections=1)
+    idle = connect(stack, 1 + NUM_SPARE)
+    wait_for(lambda: num_connections(stack) == 1 + NUM_SPARE)
+    status, error = exchange(stack)
+    assert (status, error["code"]) == (503, "too_many_connections")
+    for one in idle:
+        one.close()
+    wait_for(lambda: stack.router.complete().status == 200)
+
+
+PROBE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "part"), [(b"", b""), (b"", b"POST /v1/comp"), (b"", HEAD + b"X-Long: "), (PROBE, b"POST /v1/comp")]
+)
+def test_a_connection_does_not_wait_for_headers_for_ever(start_stack: StartStack, first: bytes, part: bytes) -> None:
+    stack = start_stack(header_timeout=0.5)
+    with socket.create_connection(("127.0.0.1", stack.router.port), timeout=30) as raw:
+        if first:
+            raw.sendall(first)
+            assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+        begin = time.monotonic()
+        raw.sendall(part)
+        got = raw.recv(65_536)
+        assert 0.4 < time.monotonic() - begin < 5
+        assert got.startswith(b"HTTP/1.1 408" if part else b"")
+        assert not part or orjson.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+        assert not raw.recv(65_536)
+    assert stack.num_seen == 0
+
+
+def test_a_long_answer_is_not_cut_by_the_limit_on_headers(start_stack: StartStack) -> None:
+    stack = start_stack(header_timeout=0.3)
+    stack.decode[0].behaviour = slow(0.8)
+    assert stack.router.complete().status == 200

@@ -1,0 +1,54 @@
+"""What every request but a probe passes: is there room for its connection, and whose API key does it show?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from router.errors import Forbidden, RouterError, TooManyConnections
+from router.reply import Reply
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from router.callers import Caller
+    from router.state import RouterState
+
+PROBES = frozenset({"/health", "/ready"})  # what an orchestrator asks before it kills: always answered
+ADMIN_PREFIX = "/admin/"
+
+
+class Gate:
+    """Puts the caller into scope["state"]["caller"]. A path that is not known to be open needs a key.
+
+    What changes the router for everybody lies below ADMIN_PREFIX and needs an admin's key, if keys are in use at all.
+    """
+
+    def __init__(self, app: ASGIApp, open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+            try:
+                self._check(scope)
+            except RouterError as error:
+                await Reply(send).fail(error)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        router: RouterState = scope["app"].state.router
+        state = scope["state"]
+        if state.get("is_surplus"):  # see router/protocol.py
+            router.access.metrics.connection_refused()
+            raise TooManyConnections("The router has as many connections as it takes. Retry in 5 s.")
+        caller = state["caller"] = router.access.identify(scope)
+        if scope["path"].startswith(ADMIN_PREFIX) and not caller.is_admin:
+            raise Forbidden("This path needs the API key of an admin.")
+
+
+def caller_of(request: Request) -> Caller:
+    """Of a request that came through the gate, and not on an open path."""
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
