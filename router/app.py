@@ -16,14 +16,16 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from router.errors import InvalidRequest, MethodNotAllowed, NotFound, RouterError, error_body
+from router.aliases import with_aliases
+from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound, RouterError, error_body
 from router.front import Front
 from router.generation import GenerationRoute
 from router.logs import configure_logging
 from router.protocol import limited_protocol
 from router.settings import RouterSettings
 from router.state import RouterState, open_state
-from router.types import Api
+from router.tasks import TaskRoute
+from router.types import Api, JsonObject, Task
 
 
 def create_app(settings: RouterSettings) -> FastAPI:
@@ -39,7 +41,13 @@ def create_app(settings: RouterSettings) -> FastAPI:
     app.add_middleware(Front, max_header_bytes=settings.max_header_bytes)
     for api in Api:
         app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
+    for task in Task:
+        app.router.routes.append(Route(task, TaskRoute(task), methods=["POST"]))
+    app.add_api_route("/v1/responses/{response_id}", stored_response, methods=["GET", "DELETE"])
+    app.add_api_route("/v1/responses/{response_id}/cancel", stored_response, methods=["POST"])
+    app.add_api_route("/v1/responses/{response_id}/input_items", stored_response)
     app.add_api_route("/v1/models", list_models)
+    app.add_api_route("/v1/models/{model:path}", retrieve_model)
     app.add_api_route("/health", health)
     app.add_api_route("/ready", ready)
     app.add_api_route("/metrics", metrics)
@@ -88,8 +96,24 @@ def raise_open_files_limit() -> None:
 
 
 async def list_models(request: Request) -> JSONResponse:
-    """What the decode engines alive serve, as of their last check."""
-    return JSONResponse({"object": "list", "data": list(_state(request).pool.models().values())})
+    """What the decode engines alive serve, as of their last check, and its aliases."""
+    return JSONResponse({"object": "list", "data": list(_models(request).values())})
+
+
+async def retrieve_model(model: str, request: Request) -> JSONResponse:
+    """One of them."""
+    models = _models(request)
+    if model not in models:
+        raise ModelNotFound(f"The model {model!r} is not served here; use one of: {', '.join(sorted(models))}.")
+    return JSONResponse(models[model])
+
+
+async def stored_response(response_id: str) -> JSONResponse:
+    """Responses are not stored: a later request may meet another engine, or another router."""
+    raise NotFound(
+        f"No response {response_id!r} is stored: none are stored here. Keep the answer to POST {Api.RESPONSES}, "
+        "and send the earlier items of a conversation in input."
+    )
 
 
 async def health() -> dict[str, str]:
@@ -129,6 +153,11 @@ async def request_record(request_id: str, request: Request) -> JSONResponse:
     if record is None:
         raise NotFound(f"No request {request_id!r} is in flight or among the last that were kept.")
     return JSONResponse(record.as_dict())
+
+
+def _models(request: Request) -> dict[str, JsonObject]:
+    state = _state(request)
+    return with_aliases(state.pool.models(), state.settings.model_aliases)
 
 
 def _state(request: Request) -> RouterState:

@@ -83,5 +83,16 @@ def check_messages(messages: Any) -> None:
             refuse(f"messages[{index}].role", "a string", message.get("role"))
 
 
+def check_input(value: Any) -> None:
+    """The input of the Responses API: text, or a list of items."""
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list) or not value:
+        refuse("input", "a string or a non-empty list of objects", value)
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            refuse(f"input[{index}]", "an object", item)
+
+
 def _are_tokens(ids: list[int]) -> bool:
     return min(ids) >= 0 and max(ids) < INT64

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 from router.body import ClientGone, read_body
 from router.errors import RouterError, ShuttingDown
@@ -15,14 +16,15 @@ from router.handoff import Handoff
 from router.hangup import run_until_hang_up
 from router.lifetime import Moment, RequestRecord
 from router.reply import Reply
-from router.types import Outcome, Role
+from router.types import Api, Outcome, Role
 from router.validation import check_length, parse_request
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
+    from router.settings import RouterSettings
     from router.state import RouterState
-    from router.types import Api, GenerationRequest
+    from router.types import GenerationRequest, Task
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +32,13 @@ TRACE_HEADERS = (b"traceparent", b"tracestate")  # W3C trace context: the only h
 
 
 class GenerationRoute:
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api | Task) -> None:
         self._api = api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: RouterState = scope["app"].state.router
         record = RequestRecord(scope["state"]["request_id"], self._api)
-        reply = Reply(send)
+        reply = Reply(send, has_named_events=self._api is Api.RESPONSES)
         state.records.begin(record)
         try:
             await self._answer(state, record, reply, scope, receive)
@@ -49,7 +51,7 @@ class GenerationRoute:
     ) -> None:
         try:
             request = await self._accept(state, record, scope, receive)
-            if await run_until_hang_up(Handoff(state.fleet, request, record, reply).run(), receive):
+            if await run_until_hang_up(self._serve(state, request, record, reply), receive):
                 record.outcome = Outcome.OK
             else:
                 _end(record, Outcome.CANCELLED, "the client hung up")
@@ -71,15 +73,28 @@ class GenerationRoute:
     async def _accept(
         self, state: RouterState, record: RequestRecord, scope: Scope, receive: Receive
     ) -> GenerationRequest:
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        raw = await read_body(headers, receive, state.settings.max_body_bytes, state.settings.body_timeout)
-        trace = tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
-        request = parse_request(self._api, raw, record.id, trace)
+        assert isinstance(self._api, Api)
+        raw, trace = await read_request(state.settings, scope, receive)
+        request = parse_request(self._api, raw, record.id, trace, state.settings.model_aliases)
         record.model, record.stream, record.local_prefill = request.model, request.stream, request.local_prefill
         roles = (Role.DECODE,) if request.local_prefill else tuple(Role)
         state.pool.require(request.model, roles)
         check_length(request, state.pool.models()[request.model])
         return request
+
+    def _serve(
+        self, state: RouterState, request: GenerationRequest, record: RequestRecord, reply: Reply
+    ) -> Coroutine[Any, Any, None]:
+        return Handoff(state.fleet, request, record, reply).run()
+
+
+async def read_request(
+    settings: RouterSettings, scope: Scope, receive: Receive
+) -> tuple[bytes, tuple[tuple[str, str], ...]]:
+    """The body, and the headers that engines get to see."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    raw = await read_body(headers, receive, settings.max_body_bytes, settings.body_timeout)
+    return raw, tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
 
 
 def _end(record: RequestRecord, outcome: Outcome, error: str) -> None:

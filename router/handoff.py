@@ -12,7 +12,8 @@ from router.errors import ClientStalled, EngineFailure, FailureKind, RouterError
 from router.legs import decode_body, kv_params, prefill_body
 from router.lifetime import Attempt, Moment
 from router.relay import StreamRelay, relay_whole
-from router.types import LocalPrefill, Outcome, Role
+from router.responses import ResponsesRelay
+from router.types import Api, LocalPrefill, Outcome, Role
 from router.upstream import engine_failures, post
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ class Handoff:
                     if not stream:
                         await relay_whole(response, endpoint, self._reply, self._record)
                         return
-                    relay = StreamRelay(endpoint, self._reply, self._record, self._fleet.metrics.observe_gap)
+                    kind = ResponsesRelay if self._request.api is Api.RESPONSES else StreamRelay
+                    relay = kind(endpoint, self._reply, self._record, self._fleet.metrics.observe_gap)
                     await relay.run(response, limit, settings.between_chunks_timeout)
                 finally:
                     response.close()  # does nothing once the answer was read to its end; before, it aborts the request

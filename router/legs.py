@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from router.types import Api
+
 if TYPE_CHECKING:
     from router.types import GenerationRequest, JsonObject
 
 # Meant for the answer, which is the decode leg's. `logprob_token_ids` is refused by vLLM without `logprobs`; and a
 # seeded request whose prefill is chunked kills vLLM 0.32.0 on CPU ("CPU Generator does not use offset").
-ANSWER_FIELDS = ("seed", "stream_options", "min_tokens", "logprobs", "top_logprobs", "logprob_token_ids")
+ANSWER_FIELDS = ("seed", "stream_options", "min_tokens", "logprobs", "top_logprobs", "logprob_token_ids", "include")
 
 REMOTE_DECODE: JsonObject = {
     "do_remote_decode": True,
@@ -30,6 +32,9 @@ REMOTE_DECODE: JsonObject = {
 def prefill_body(request: GenerationRequest) -> bytes:
     """One token, not streamed, with the KV cache kept."""
     body = {name: value for name, value in request.body.items() if name not in ANSWER_FIELDS}
+    if request.api is Api.RESPONSES:
+        body.update(stream=False, store=False, max_output_tokens=1, kv_transfer_params=REMOTE_DECODE)
+        return orjson.dumps(body)
     body.update(stream=False, max_tokens=1, n=1, kv_transfer_params=REMOTE_DECODE)
     if "max_completion_tokens" in body:
         body["max_completion_tokens"] = 1
@@ -50,10 +55,13 @@ def kv_params(reply: bytes) -> JsonObject | None:
 
 def decode_body(request: GenerationRequest, params: JsonObject | None) -> bytes:
     """The client's body as it is, with where to pull the KV cache from, or without for a local prefill."""
+    body = request.body
+    if request.api is Api.RESPONSES:
+        body = {**body, "store": False}  # an engine that is set to store them never forgets one
     if params is None:
-        return orjson.dumps(request.body)
+        return orjson.dumps(body)
     marked = {**params, "tknp_request_id": request.id, "tknp_num_readers": request.num_choices}
-    return orjson.dumps({**request.body, "kv_transfer_params": marked})
+    return orjson.dumps({**body, "kv_transfer_params": marked})
 
 
 def release_body(params: JsonObject) -> bytes:

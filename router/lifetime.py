@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from router.types import Api, Endpoint, LocalPrefill, Outcome, Role
+    from router.types import Api, Endpoint, LocalPrefill, Outcome, Role, Task
 
 
 class Moment(StrEnum):
@@ -87,7 +87,7 @@ class RequestRecord:
     """One request, from the first byte of its headers to its end."""
 
     id: str
-    api: Api
+    api: Api | Task
     model: str | None = None
     stream: bool = False
     local_prefill: LocalPrefill | None = None

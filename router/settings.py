@@ -86,6 +86,12 @@ class RouterSettings(BaseSettings):
         default=1000, ge=1, description="Finished requests kept for GET /requests/{id}; about 2 KiB each."
     )
 
+    # Names of models
+    model_aliases: Annotated[dict[str, str], NoDecode] = Field(
+        default={},
+        description="Other names of models, as alias=model,...; the answers name the model. None: clients name models.",
+    )
+
     @field_validator("prefill_urls", "decode_urls", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -104,6 +110,16 @@ class RouterSettings(BaseSettings):
         if len(set(cleaned)) != len(cleaned):
             raise ValueError("the same engine is listed twice")
         return cleaned
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_aliases(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if not all(alias.strip() and model.strip() for alias, _, model in pairs):
+            raise ValueError(f"an alias is name=model, several are separated by commas, not {value!r}")
+        return {alias.strip(): model.strip() for alias, _, model in pairs}
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

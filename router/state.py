@@ -19,7 +19,7 @@ from router.metrics import RouterMetrics, StateCollector
 from router.policy import least_loaded
 from router.records import RecordStore
 from router.transfers import TransferRecorder
-from router.types import Outcome, Role
+from router.types import Api, Outcome, Role
 from router.upstream import make_session
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class RouterState:
         """Counts a request that ended, and logs it once what it moved is known."""
         self.metrics.request_ended(record)
         self.records.finish(record)
-        if self.settings.record_transfers and record.outcome is Outcome.OK:
+        if self.settings.record_transfers and record.outcome is Outcome.OK and isinstance(record.api, Api):
             self.transfers.complete(record)
         else:
             log_request(record)
