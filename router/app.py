@@ -7,11 +7,13 @@ import contextlib
 import resource
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -21,6 +23,16 @@ from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFo
 from router.front import Front
 from router.generation import GenerationRoute
 from router.logs import configure_logging
+from router.openapi import (
+    STORED_RESPONSES,
+    Health,
+    Model,
+    ModelList,
+    Readiness,
+    RequestMoments,
+    describe,
+    errors,
+)
 from router.protocol import limited_protocol
 from router.settings import RouterSettings
 from router.state import RouterState, open_state
@@ -43,19 +55,25 @@ def create_app(settings: RouterSettings) -> FastAPI:
         app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
     for task in Task:
         app.router.routes.append(Route(task, TaskRoute(task), methods=["POST"]))
-    app.add_api_route("/v1/responses/{response_id}", stored_response, methods=["GET", "DELETE"])
-    app.add_api_route("/v1/responses/{response_id}/cancel", stored_response, methods=["POST"])
-    app.add_api_route("/v1/responses/{response_id}/input_items", stored_response)
-    app.add_api_route("/v1/models", list_models)
-    app.add_api_route("/v1/models/{model:path}", retrieve_model)
-    app.add_api_route("/health", health)
-    app.add_api_route("/ready", ready)
-    app.add_api_route("/metrics", metrics)
-    app.add_api_route("/requests/{request_id:path}", request_record)
+    add_api_routes(app)
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.add_exception_handler(RouterError, answer_router_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(Exception, answer_unexpected)
     return app
+
+
+def add_api_routes(app: FastAPI) -> None:
+    """Everything that is not hot. The models are for the schema: what is answered is not checked again."""
+    for path, methods in STORED_RESPONSES.items():
+        app.router.routes.append(Route(path, stored_response, methods=list(methods)))
+    app.add_api_route("/v1/models", list_models, responses={**errors(), 200: {"model": ModelList}})
+    app.add_api_route("/v1/models/{model:path}", retrieve_model, responses={**errors(404), 200: {"model": Model}})
+    app.add_api_route("/health", health, responses={**errors(), 200: {"model": Health}})
+    app.add_api_route("/ready", ready, responses={**errors(), 200: {"model": Readiness}, 503: {"model": Readiness}})
+    app.add_api_route("/metrics", metrics, responses=errors(), response_class=PlainTextResponse)
+    record: dict[int | str, Any] = {**errors(404), 200: {"model": RequestMoments}}
+    app.add_api_route("/requests/{request_id:path}", request_record, responses=record)
 
 
 def make_server(settings: RouterSettings) -> uvicorn.Server:
@@ -108,11 +126,11 @@ async def retrieve_model(model: str, request: Request) -> JSONResponse:
     return JSONResponse(models[model])
 
 
-async def stored_response(response_id: str) -> JSONResponse:
+async def stored_response(request: Request) -> Response:
     """Responses are not stored: a later request may meet another engine, or another router."""
     raise NotFound(
-        f"No response {response_id!r} is stored: none are stored here. Keep the answer to POST {Api.RESPONSES}, "
-        "and send the earlier items of a conversation in input."
+        f"No response {request.path_params['response_id']!r} is stored: none are stored here. "
+        f"Keep the answer to POST {Api.RESPONSES}, and send the earlier items of a conversation in input."
     )
 
 

@@ -114,10 +114,12 @@ def _check_completion(body: JsonObject) -> LocalPrefill | None:
     # vLLM takes max_tokens=0 with echo only: the prompt comes back, nothing is generated.
     max_tokens = check_int(body, "max_tokens", 0 if echo else 1)
     logprobs = check_int(body, "logprobs", -1)
-    embeds = body.get("prompt_embeds")
-    if embeds is not None:
+    prompt = body.get("prompt")
+    has_embeds = body.get("prompt_embeds") is not None
+    num_prompts = 0 if has_embeds and prompt is None else check_prompt(prompt)
+    if has_embeds:
         return LocalPrefill.PROMPT_EMBEDS
-    if check_prompt(body.get("prompt")) > 1:
+    if num_prompts > 1:
         return LocalPrefill.SEVERAL_PROMPTS
     if echo and logprobs is not None:
         return LocalPrefill.ECHO_LOGPROBS
@@ -148,7 +150,8 @@ def _check_responses(body: JsonObject) -> LocalPrefill | None:
     check_bool(body, "store")
     check_bool(body, "background")
     for name, instead in _STORED.items():
-        if body.get(name) not in (None, False):
+        value = body.get(name)
+        if value is not None and not (name == "background" and value is False):
             raise InvalidRequest(f"{name} needs stored responses, and none are stored here. {instead}", param=name)
     if has_builtin_tools(body.get("tools")):
         return LocalPrefill.BUILTIN_TOOLS

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from router.types import Role
+from router.types import Api, Role, Task
 
 Behaviour = Callable[["ScriptedEngine", web.Request, "Seen"], Awaitable[web.StreamResponse]]
 
@@ -83,8 +83,8 @@ class ScriptedEngine:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
         app.router.add_get("/token_parallel/requests/{id}", self._transfer)
-        app.router.add_post("/v1/completions", self._generate)
-        app.router.add_post("/v1/chat/completions", self._generate)
+        for path in (*Api, *Task):
+            app.router.add_post(path, self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=2048)
