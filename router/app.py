@@ -122,7 +122,8 @@ async def retrieve_model(model: str, request: Request) -> JSONResponse:
     """One of them."""
     models = _models(request)
     if model not in models:
-        raise ModelNotFound(f"The model {model!r} is not served here; use one of: {', '.join(sorted(models))}.")
+        served = f"use one of: {', '.join(sorted(models))}" if models else "no engine is up that serves any"
+        raise ModelNotFound(f"The model {model!r} is not served here; {served}.", param="model")
     return JSONResponse(models[model])
 
 

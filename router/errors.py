@@ -60,6 +60,10 @@ class BodyTooLarge(InvalidRequest):
     status, code, closes_connection = 413, "request_too_large", True
 
 
+class CompressedBody(InvalidRequest):
+    status, code, closes_connection = 415, "unsupported_content_encoding", True
+
+
 class HeadersTooLarge(InvalidRequest):
     status, code, closes_connection = 431, "headers_too_large", True
 

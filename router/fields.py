@@ -5,6 +5,7 @@ A bool is not an int here, as in OpenAI's API, although it is one in Python.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, NoReturn
 
 from router.errors import InvalidRequest
@@ -14,7 +15,7 @@ INT64 = 2**63
 
 
 def refuse(param: str, must: str, value: Any) -> NoReturn:
-    shown = repr(value)
+    shown = reprlib.repr(value)  # which does not write out millions of tokens to cut them off again
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     raise InvalidRequest(f"{param} must be {must}, not {shown}.", param=param)
 

@@ -95,3 +95,10 @@ def test_content_type_does_not_matter(start_stack: StartStack) -> None:
     raw = orjson.dumps({"model": "tiny", "prompt": "hi"})
     assert stack.router.call("POST", "/v1/completions", raw, {"Content-Type": "text/plain"}).status == 200
     assert stack.decode[0].seen[0].headers["content-type"] == "application/json"
+
+
+def test_a_compressed_body_is_named_as_such(small: Stack) -> None:
+    headers = HEAD + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\n"
+    status, error = exchange(small, headers + b"\x1f\x8b\x08")
+    assert (status, error["code"]) == (415, "unsupported_content_encoding")
+    assert "gzip" in error["message"]
