@@ -211,7 +211,6 @@ def _sampling() -> Schema:
         **_reserved(),
         "model": _MODEL,
         "stream": _BOOL,
-        "n": _integer(1, MAX_NUM_CHOICES),
         "temperature": _number(0, 2),
         "top_p": _nullable({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
         "presence_penalty": _number(-2, 2),
@@ -235,6 +234,7 @@ _STREAM_RULE: Schema = {
 
 def _completion() -> Schema:
     properties = _sampling() | {
+        "n": _integer(1, MAX_NUM_CHOICES),
         "prompt": _nullable(_PROMPT),
         "prompt_embeds": {"description": "Embeddings in place of a prompt; passed on as they are"},
         "echo": _BOOL,
@@ -258,6 +258,7 @@ def _completion() -> Schema:
 
 def _chat() -> Schema:
     properties = _sampling() | {
+        "n": _integer(1, MAX_NUM_CHOICES),
         "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
         "max_tokens": {**_integer(1), "deprecated": True},
         "max_completion_tokens": _integer(1),

@@ -48,7 +48,8 @@ def parse_request(
         refuse("model", "the name of a model", model)
     stream = check_bool(body, "stream")
     _check_stream_options(body, stream)
-    num_choices = check_int(body, "n", 1, MAX_NUM_CHOICES) or 1
+    # The Responses API has no `n`: an engine that takes no notice of it reads the KV cache once.
+    num_choices = 1 if api is Api.RESPONSES else check_int(body, "n", 1, MAX_NUM_CHOICES) or 1
     _check_sampling(body)
     local_prefill = _CHECKS[api](body)
     return GenerationRequest(

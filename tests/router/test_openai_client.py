@@ -171,6 +171,22 @@ def test_a_streamed_response(stack: Stack, client: OpenAI) -> None:
     assert stack.router.metric("tknp_requests_total", endpoint="/v1/responses", outcome="ok") == 1
 
 
+def test_a_response_has_one_reader_whatever_the_client_asks(stack: Stack) -> None:
+    """vLLM ignores `n` there; KV cache kept for readers that never come would be held until its lease ends."""
+    stack.decode[0].behaviour = answer_response
+    assert stack.router.call("POST", "/v1/responses", {"model": MODEL, "input": "hi", "n": 3}).status == 200
+    assert stack.decode[0].seen[0].body["kv_transfer_params"]["tknp_num_readers"] == 1
+
+
+def test_a_preamble_is_no_token(start_stack: StartStack) -> None:
+    """An engine sends it at once, and may then keep the request in its queue for long, or for ever."""
+    stack = start_stack(first_token_timeout=1.0, num_retries=0)
+    stack.decode[0].behaviour = raw_stream(PREAMBLE, then="stall")
+    answer = stack.router.call("POST", "/v1/responses", {"model": MODEL, "input": "hi", "stream": True})
+    assert (answer.status, answer.error["code"]) == (504, "engine_timeout")
+    assert "first_token" not in stack.router.record(answer)["moments"]
+
+
 def test_a_response_whose_engine_dies_before_the_first_token_goes_to_another(start_stack: StartStack) -> None:
     stack = start_stack(num_decode=2)
     num_asked = 0
