@@ -22,7 +22,6 @@ from router.validation import check_length, parse_request
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from router.settings import RouterSettings
     from router.state import RouterState
     from router.types import GenerationRequest, Task
 
@@ -73,28 +72,26 @@ class GenerationRoute:
     async def _accept(
         self, state: RouterState, record: RequestRecord, scope: Scope, receive: Receive
     ) -> GenerationRequest:
-        assert isinstance(self._api, Api)
-        raw, trace = await read_request(state.settings, scope, receive)
-        request = parse_request(self._api, raw, record.id, trace, state.settings.model_aliases)
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        raw = await read_body(headers, receive, state.settings.max_body_bytes, state.settings.body_timeout)
+        trace = tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
+        request = self._parse(state, raw, record.id, trace)
         record.model, record.stream, record.local_prefill = request.model, request.stream, request.local_prefill
         roles = (Role.DECODE,) if request.local_prefill else tuple(Role)
         state.pool.require(request.model, roles)
         check_length(request, state.pool.models()[request.model])
         return request
 
+    def _parse(
+        self, state: RouterState, raw: bytes, request_id: str, trace: tuple[tuple[str, str], ...]
+    ) -> GenerationRequest:
+        assert isinstance(self._api, Api)
+        return parse_request(self._api, raw, request_id, trace, state.settings.model_aliases)
+
     def _serve(
         self, state: RouterState, request: GenerationRequest, record: RequestRecord, reply: Reply
     ) -> Coroutine[Any, Any, None]:
         return Handoff(state.fleet, request, record, reply).run()
-
-
-async def read_request(
-    settings: RouterSettings, scope: Scope, receive: Receive
-) -> tuple[bytes, tuple[tuple[str, str], ...]]:
-    """The body, and the headers that engines get to see."""
-    headers: list[tuple[bytes, bytes]] = scope["headers"]
-    raw = await read_body(headers, receive, settings.max_body_bytes, settings.body_timeout)
-    return raw, tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
 
 
 def _end(record: RequestRecord, outcome: Outcome, error: str) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from router.errors import MethodNotAllowed, RouterError
 from router.fields import INT64
+from router.tasks import ENCODING_FORMATS
 from router.types import Api, Task
 from router.validation import MAX_NUM_CHOICES, ROUTER_FIELDS
 from tknp import __version__
@@ -158,7 +159,8 @@ def _task(task: Task) -> Schema:
         Task.DETOKENIZE: "The text of tokens",
         Task.EMBEDDINGS: "Embeddings, of models that make them",
     }[task]
-    body: Schema = {"type": "object", "properties": {**_reserved(), "model": _MODEL}, "required": ["model"]}
+    properties = {**_reserved(), "model": _MODEL, "encoding_format": {"enum": [*ENCODING_FORMATS, None]}}
+    body: Schema = {"type": "object", "properties": properties, "required": ["model"]}
     if task is not Task.EMBEDDINGS:  # with one model served it may be left out
         body = {"type": "object", "properties": {**_reserved(), "model": _nullable(_MODEL)}}
     return _operation(task, summary, body, {"application/json": {"schema": {"type": "object"}}})

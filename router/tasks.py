@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
-import orjson
-
 from router.aliases import resolve
-from router.errors import EngineFailure, EngineRejected, InvalidRequest, UnsupportedModel
+from router.errors import EngineRejected, InvalidRequest, UnsupportedModel
 from router.fields import refuse
-from router.generation import GenerationRoute, read_request
-from router.types import GenerationRequest, Role, Task
-from router.upstream import engine_failures, post
+from router.generation import GenerationRoute
+from router.types import GenerationRequest, LocalPrefill, Task
 from router.validation import parse_json, refuse_router_fields
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope
-
-    from router.engines import Engine, EnginePool
+    from router.engines import EnginePool
     from router.lifetime import RequestRecord
     from router.reply import Reply
     from router.state import RouterState
@@ -28,68 +22,44 @@ if TYPE_CHECKING:
 NOT_SERVED = (404, 405, 501)
 
 PURPOSES = {Task.TOKENIZE: "tokenize", Task.DETOKENIZE: "detokenize", Task.EMBEDDINGS: "make embeddings"}
+ENCODING_FORMATS = ("float", "base64")  # OpenAI's; vLLM has others, whose answers are no JSON
 
 
 class TaskRoute(GenerationRoute):
-    """As a generation's route, with one leg on whichever decode engine serves the model, and no KV cache."""
+    """As a generation's route, with one leg: on a decode engine that serves the model."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._task = task
 
-    async def _accept(
-        self, state: RouterState, record: RequestRecord, scope: Scope, receive: Receive
+    def _parse(
+        self, state: RouterState, raw: bytes, request_id: str, trace: tuple[tuple[str, str], ...]
     ) -> GenerationRequest:
-        raw, trace = await read_request(state.settings, scope, receive)
         body = parse_json(raw)
         refuse_router_fields(body)
-        if self._task is not Task.EMBEDDINGS:
+        if self._task is Task.EMBEDDINGS:
+            encoding = body.get("encoding_format")
+            if encoding is not None and encoding not in ENCODING_FORMATS:
+                refuse("encoding_format", " or ".join(ENCODING_FORMATS), encoding)
+        else:
             _fill_in_model(body, state.pool)
         resolve(body, state.settings.model_aliases)
         model = body.get("model")
         if not isinstance(model, str) or not model:
             refuse("model", "the name of a model", model)
-        record.model = model
-        state.pool.require(model, (Role.DECODE,))
-        return GenerationRequest(record.id, self._task, body, model, False, 1, None, trace)
+        return GenerationRequest(request_id, self._task, body, model, False, 1, LocalPrefill.TASK, trace)
 
     async def _serve(self, state: RouterState, request: GenerationRequest, record: RequestRecord, reply: Reply) -> None:
-        """Asks one engine after the other, the least busy first, until one answers."""
-        engines = sorted(state.pool.alive(Role.DECODE, request.model), key=lambda engine: engine.num_outstanding)
-        engines = engines[: 1 + state.settings.num_retries]
-        for num_left, engine in zip(reversed(range(len(engines))), engines, strict=True):
-            try:
-                body, content_type = await self._ask(state, engine, request)
-            except EngineFailure as failure:
-                engine.suspect(failure)
-                if not num_left:
-                    raise
-                state.metrics.retried(Role.DECODE)
-            except EngineRejected as error:
-                if error.status not in NOT_SERVED:
-                    raise
-                raise self._unsupported(request.model) from error
-            else:
-                await reply.whole(200, body, [], content_type)
-                return
-        state.pool.require(request.model, (Role.DECODE,))  # the last engine went since the request was accepted
-        raise self._unsupported(request.model)
-
-    async def _ask(self, state: RouterState, engine: Engine, request: GenerationRequest) -> tuple[bytes, bytes]:
-        """The body of the engine's 200, and its content type."""
-        with engine.occupied(), engine_failures(engine.endpoint):
-            async with asyncio.timeout(state.settings.prefill_timeout):
-                async with await post(
-                    state.fleet.session, engine.endpoint, request, orjson.dumps(request.body)
-                ) as response:
-                    return await response.read(), response.headers["Content-Type"].encode("latin-1")
-
-    def _unsupported(self, model: str) -> UnsupportedModel:
-        return UnsupportedModel(
-            f"The model {model!r} can't {PURPOSES[self._task]}: no engine that serves it has {self._task}. "
-            "Use another model; GET /v1/models lists them.",
-            param="model",
-        )
+        try:
+            await super()._serve(state, request, record, reply)
+        except EngineRejected as error:
+            if error.status not in NOT_SERVED:
+                raise
+            raise UnsupportedModel(
+                f"The model {request.model!r} can't {PURPOSES[self._task]}: the engine that serves it has no "
+                f"{self._task}. Use another model; GET /v1/models lists them.",
+                param="model",
+            ) from error
 
 
 def _fill_in_model(body: JsonObject, pool: EnginePool) -> None:

@@ -45,6 +45,7 @@ class LocalPrefill(StrEnum):
     BEST_OF = "best_of"
     TRUNCATION = "truncation"  # truncate_prompt_tokens=-1 depends on max_tokens, which the prefill leg changes
     BUILTIN_TOOLS = "builtin_tools"  # the engine runs them between several generations; one hand-off serves one
+    TASK = "task"  # tokenizing or embeddings: nothing is decoded
     NO_KV = "no_kv"  # the prefill engine answered without kv_transfer_params
 
 

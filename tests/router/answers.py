@@ -7,7 +7,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from tests.router.scripted_engine import MODEL, ScriptedEngine, Seen, start_stream
+from router.types import Api, Task
+from tests.router.scripted_engine import MODEL, ScriptedEngine, Seen, answer_decode, start_stream
 
 WORDS = ("one ", "two ", "three")
 
@@ -59,6 +60,15 @@ async def answer_response(engine: ScriptedEngine, request: web.Request, seen: Se
     for piece in (PREAMBLE, *DELTAS, COMPLETED):
         await response.write(piece)
     return response
+
+
+async def answer_any(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+    """As a decode engine does: something of the right kind for each path."""
+    if seen.path == Api.RESPONSES:
+        return await answer_response(engine, request, seen)
+    if seen.path in tuple(Task):
+        return web.json_response({"tokens": [1], "prompt": "a", "data": []})
+    return await answer_decode(engine, request, seen)
 
 
 def chat_answer(message: dict[str, Any], finish_reason: str = "stop") -> dict[str, Any]:

@@ -248,28 +248,31 @@ def test_embeddings_of_a_model_that_makes_them(stack: Stack, client: OpenAI) -> 
     stack.decode[0].behaviour = always({"object": "list", "model": MODEL, "data": data, "usage": usage})
     made = client.embeddings.create(model=MODEL, input="hi", encoding_format="float")
     assert made.data[0].embedding == [0.25, -0.5]
+    with pytest.raises(BadRequestError, match="float or base64"):
+        client.embeddings.create(model=MODEL, input="hi", encoding_format="bytes")  # type: ignore[arg-type]
+    assert len(stack.decode[0].seen) == 1
 
 
-def test_tokenizing_goes_to_an_engine_that_works(start_stack: StartStack) -> None:
+def test_detokenizing_goes_to_an_engine_that_works(start_stack: StartStack) -> None:
     stack = start_stack(num_decode=2)
     num_asked = 0
 
     async def die_first(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
         nonlocal num_asked
         num_asked += 1
-        return await (hang_up if num_asked == 1 else always({"tokens": [1, 2]}))(engine, request, seen)
+        return await (hang_up if num_asked == 1 else always({"prompt": "hi"}))(engine, request, seen)
 
     for engine in stack.decode:
         engine.behaviour = die_first
-    answer = stack.router.call("POST", "/tokenize", {"prompt": "hi"})
-    assert (answer.status, answer.json()) == (200, {"tokens": [1, 2]})
-    assert stack.decode[0].seen[-1].body == {"prompt": "hi", "model": MODEL}
+    answer = stack.router.call("POST", "/detokenize", {"tokens": [5]})
+    assert (answer.status, answer.json()) == (200, {"prompt": "hi"})
+    assert stack.decode[0].seen[-1].body == {"tokens": [5], "model": MODEL}
     assert not stack.prefill[0].seen
     wait_for(stack.router.is_idle)
     assert stack.router.metric("tknp_retries_total", role="decode") == 1
 
 
-def test_tokenizing_without_a_model_is_no_guess(start_stack: StartStack) -> None:
+def test_detokenizing_without_a_model_is_no_guess(start_stack: StartStack) -> None:
     stack = start_stack(models_interval=0.1)
     stack.decode[0].models = [{"id": "a"}, {"id": "b"}]
     wait_for(lambda: len(stack.router.state.pool.models()) == 2)
@@ -281,6 +284,6 @@ def test_tokenizing_without_a_model_is_no_guess(start_stack: StartStack) -> None
 
 def test_an_engines_refusal_of_a_task_passes(stack: Stack) -> None:
     stack.decode[0].behaviour = status(400)
-    answer = stack.router.call("POST", "/tokenize", {"model": MODEL, "prompt": 1})
+    answer = stack.router.call("POST", "/detokenize", {"model": MODEL, "tokens": 1})
     assert (answer.status, answer.error["message"]) == (400, "scripted")
     stack.decode[0].behaviour = answer_decode

@@ -10,21 +10,15 @@ from typing import Any
 
 import orjson
 import pytest
-from aiohttp import web
 
 from router.types import Api, Task
-from tests.router.answers import answer_response
+from tests.router.answers import answer_any
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
-from tests.router.scripted_engine import MODEL, ScriptedEngine, Seen, answer_decode
+from tests.router.scripted_engine import MODEL
 
-NUM_EXAMPLES = 100  # for each operation; the coverage phase adds some 800 cases of its own
+NUM_EXAMPLES = 50  # for each operation; the coverage phase adds some 800 cases of its own
 SEED = 20261121
-
-
-async def answer_any(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
-    behaviour = answer_response if seen.path == Api.RESPONSES else answer_decode
-    return await behaviour(engine, request, seen)
 
 
 def with_served_models(schema: Any) -> Any:
