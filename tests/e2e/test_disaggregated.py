@@ -199,11 +199,16 @@ def test_responses(stack: Stack, client: openai.OpenAI) -> None:
 
 def test_a_response_with_a_schema(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
-    text: Any = {
-        "format": {"type": "json_schema", "name": "answer", "schema": {**schema, "additionalProperties": False}}
-    }
-    reply = client.responses.create(model="tiny", input="JSON.", max_output_tokens=60, temperature=0, text=text)
-    assert json.loads(reply.output_text) in ({"a": "x"}, {"a": "y"})
+    named: dict[str, Any] = {"name": "answer", "schema": {**schema, "additionalProperties": False}, "strict": True}
+    messages: Any = [{"role": "user", "content": "Answer in JSON."}]
+    wanted: Any = {"type": "json_schema", "json_schema": named}
+    chat = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=60, temperature=0, response_format=wanted
+    )
+    text: Any = {"format": {"type": "json_schema", **named}}
+    reply = client.responses.create(model="tiny", input=messages, max_output_tokens=60, temperature=0, text=text)
+    assert reply.output_text == chat.choices[0].message.content
+    assert reply.output_text.startswith("{")
 
 
 def test_usage_tells_what_the_prefill_engine_had_cached(stack: Stack, client: openai.OpenAI) -> None:
