@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from router.aliases import with_aliases
+from router.drain import DrainingServer, drain_engine, resume_engine
 from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound, RouterError, error_body
 from router.front import Front
 from router.generation import GenerationRoute
@@ -72,6 +73,8 @@ def add_api_routes(app: FastAPI) -> None:
     app.add_api_route("/health", health, responses={**errors(), 200: {"model": Health}})
     app.add_api_route("/ready", ready, responses={**errors(), 200: {"model": Readiness}, 503: {"model": Readiness}})
     app.add_api_route("/metrics", metrics, responses=errors(), response_class=PlainTextResponse)
+    app.add_api_route("/admin/engines/{name}/drain", drain_engine, methods=["POST"], responses=errors(404))
+    app.add_api_route("/admin/engines/{name}/resume", resume_engine, methods=["POST"], responses=errors(404))
     record: dict[int | str, Any] = {**errors(404), 200: {"model": RequestMoments}}
     app.add_api_route("/requests/{request_id:path}", request_record, responses=record)
 
@@ -93,7 +96,7 @@ def make_server(settings: RouterSettings) -> uvicorn.Server:
         timeout_keep_alive=75,  # longer than load balancers keep theirs (60 s), so that no request meets a closing door
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout)),
     )
-    return uvicorn.Server(config)
+    return DrainingServer(config, settings.drain_seconds)
 
 
 def run(settings: RouterSettings) -> None:
@@ -142,13 +145,16 @@ async def health() -> dict[str, str]:
 
 async def ready(request: Request) -> JSONResponse:
     """Whether a request would be served now, and if not, what is missing."""
-    pool = _state(request).pool
-    missing = pool.missing()
+    state = _state(request)
+    pool = state.pool
+    missing = ["the router is draining"] if state.is_draining else pool.missing()
     engines = [
         {
             "role": engine.endpoint.role,
             "url": engine.endpoint.url,
             "up": engine.is_up,
+            "draining": engine.is_draining,
+            "failing": engine.breaker.is_open,
             "reason": engine.down_reason or None,
             "models": list(engine.models),
             "outstanding_requests": engine.num_outstanding,

@@ -68,6 +68,8 @@ class EngineStatus(BaseModel):
     role: str
     url: str
     up: bool
+    draining: bool
+    failing: bool
     reason: str | None
     models: list[str]
     outstanding_requests: int

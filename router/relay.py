@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from router.continuation import Transcript
+    from router.engines import Engine
     from router.lifetime import RequestRecord
     from router.reply import Reply
     from router.types import Endpoint
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'  # JSON escapes the quotes, so no token's text can hold this
-MAX_PARTIAL_BYTES = 2**20  # an event longer than this is passed on in parts
+MAX_PARTIAL_BYTES = 2**24  # an event longer than this is passed on in parts; a prompt's ids fill 7 bytes a token
 
 
 async def relay_whole(
@@ -45,9 +47,16 @@ class StreamRelay:
     """One stream of server-sent events."""
 
     def __init__(
-        self, endpoint: Endpoint, reply: Reply, record: RequestRecord, observe_gap: Callable[[float], None]
+        self,
+        engine: Engine,
+        reply: Reply,
+        record: RequestRecord,
+        observe_gap: Callable[[float], None],
+        transcript: Transcript | None,
     ) -> None:
-        self._endpoint = endpoint
+        self._engine = engine
+        self._endpoint = engine.endpoint
+        self._transcript = transcript
         self._reply = reply
         self._record = record
         self._observe_gap = observe_gap
@@ -71,6 +80,7 @@ class StreamRelay:
             if at >= renew_at:  # moving a timer costs more than the rest of this loop, so it moves in steps
                 limit.reschedule(at + 1.1 * gap_limit)
                 renew_at = at + 0.1 * gap_limit
+                self._engine.num_progress += 1
             if b"data:" not in events:  # a comment that keeps the connection alive is no token
                 if self._reply.started:
                     await self._reply.chunk(events)
@@ -93,6 +103,8 @@ class StreamRelay:
             at = events.index(ERROR)
             events, error = events[:at], self._reported(events[at:])
         if events:
+            if self._transcript is not None:
+                events = self._transcript.take(events)
             if not self._reply.started:
                 self._record.mark(Moment.FIRST_TOKEN)
                 await self._reply.start_stream()

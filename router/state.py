@@ -18,6 +18,7 @@ from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.policy import least_loaded
 from router.records import RecordStore
+from router.retries import RetryBudget
 from router.transfers import TransferRecorder
 from router.types import Api, Outcome, Role
 from router.upstream import make_session
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from router.settings import RouterSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RouterState:
     settings: RouterSettings
     registry: CollectorRegistry
@@ -36,6 +37,7 @@ class RouterState:
     metrics: RouterMetrics
     fleet: Fleet
     transfers: TransferRecorder
+    is_draining: bool = False  # /ready says no; requests are still taken
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -50,16 +52,17 @@ class RouterState:
 @contextlib.asynccontextmanager
 async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     registry = CollectorRegistry()
-    pool = EnginePool(settings.endpoints, dict.fromkeys(Role, least_loaded))
+    pool = EnginePool(settings.endpoints, dict.fromkeys(Role, least_loaded), settings.breaker_failures)
     records = RecordStore(settings.num_request_records)
     metrics = RouterMetrics(registry)
     registry.register(StateCollector(pool, records))
     async with make_session(settings) as session:
-        releaser = LeaseReleaser(session, pool)
+        releaser = LeaseReleaser(session, metrics)
         transfers = TransferRecorder(session, metrics, log_request)
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
-            fleet = Fleet(settings, session, pool, metrics, releaser)
+            budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
+            fleet = Fleet(settings, session, pool, metrics, releaser, budget)
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
         finally:
             checks.cancel()
