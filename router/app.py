@@ -7,27 +7,41 @@ import contextlib
 import resource
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from router.aliases import with_aliases
 from router.drain import DrainingServer, drain_engine, resume_engine
-from router.errors import InvalidRequest, MethodNotAllowed, NotFound, RouterError, error_body
+from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound, RouterError, error_body
 from router.front import Front
 from router.gate import PROBES, Gate, caller_of
 from router.generation import GenerationRoute
 from router.logs import configure_logging
+from router.openapi import (
+    STORED_RESPONSES,
+    Health,
+    Model,
+    ModelList,
+    Readiness,
+    RequestMoments,
+    describe,
+    errors,
+)
 from router.protocol import limited_protocol
 from router.settings import RouterSettings
 from router.state import RouterState, open_state
+from router.tasks import TaskRoute
 from router.tls import Certificate
-from router.types import Api
+from router.types import Api, JsonObject, Task
 
 
 def create_app(settings: RouterSettings, certificate: Certificate | None = None) -> FastAPI:
@@ -53,17 +67,29 @@ def create_app(settings: RouterSettings, certificate: Certificate | None = None)
         )
     for api in Api:
         app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
-    app.add_api_route("/v1/models", list_models)
-    app.add_api_route("/health", health)
-    app.add_api_route("/ready", ready)
-    app.add_api_route("/metrics", metrics)
-    app.add_api_route("/admin/engines/{name}/drain", drain_engine, methods=["POST"])
-    app.add_api_route("/admin/engines/{name}/resume", resume_engine, methods=["POST"])
-    app.add_api_route("/requests/{request_id:path}", request_record)
+    for task in Task:
+        app.router.routes.append(Route(task, TaskRoute(task), methods=["POST"]))
+    add_api_routes(app)
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.add_exception_handler(RouterError, answer_router_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(Exception, answer_unexpected)
     return app
+
+
+def add_api_routes(app: FastAPI) -> None:
+    """Everything that is not hot. The models are for the schema: what is answered is not checked again."""
+    for path, methods in STORED_RESPONSES.items():
+        app.router.routes.append(Route(path, stored_response, methods=list(methods)))
+    app.add_api_route("/v1/models", list_models, responses={**errors(), 200: {"model": ModelList}})
+    app.add_api_route("/v1/models/{model:path}", retrieve_model, responses={**errors(404), 200: {"model": Model}})
+    app.add_api_route("/health", health, responses={**errors(), 200: {"model": Health}})
+    app.add_api_route("/ready", ready, responses={**errors(), 200: {"model": Readiness}, 503: {"model": Readiness}})
+    app.add_api_route("/metrics", metrics, responses=errors(), response_class=PlainTextResponse)
+    app.add_api_route("/admin/engines/{name}/drain", drain_engine, methods=["POST"], responses=errors(404))
+    app.add_api_route("/admin/engines/{name}/resume", resume_engine, methods=["POST"], responses=errors(404))
+    record: dict[int | str, Any] = {**errors(404), 200: {"model": RequestMoments}}
+    app.add_api_route("/requests/{request_id:path}", request_record, responses=record)
 
 
 def make_server(settings: RouterSettings) -> uvicorn.Server:
@@ -108,8 +134,25 @@ def raise_open_files_limit() -> None:
 
 
 async def list_models(request: Request) -> JSONResponse:
-    """What the decode engines alive serve, as of their last check."""
-    return JSONResponse({"object": "list", "data": list(_state(request).pool.models().values())})
+    """What the decode engines alive serve, as of their last check, and its aliases."""
+    return JSONResponse({"object": "list", "data": list(_models(request).values())})
+
+
+async def retrieve_model(model: str, request: Request) -> JSONResponse:
+    """One of them."""
+    models = _models(request)
+    if model not in models:
+        served = f"use one of: {', '.join(sorted(models))}" if models else "no engine is up that serves any"
+        raise ModelNotFound(f"The model {model!r} is not served here; {served}.", param="model")
+    return JSONResponse(models[model])
+
+
+async def stored_response(request: Request) -> Response:
+    """Responses are not stored: a later request may meet another engine, or another router."""
+    raise NotFound(
+        f"No response {request.path_params['response_id']!r} is stored: none are stored here. "
+        f"Keep the answer to POST {Api.RESPONSES}, and send the earlier items of a conversation in input."
+    )
 
 
 async def health() -> dict[str, str]:
@@ -157,6 +200,11 @@ async def request_record(request_id: str, request: Request) -> JSONResponse:
     if record is None or not record.is_visible_to(caller_of(request)):  # others' requests do not exist for a caller
         raise NotFound(f"No request {request_id!r} is in flight or among the last that were kept.")
     return JSONResponse(record.as_dict())
+
+
+def _models(request: Request) -> dict[str, JsonObject]:
+    state = _state(request)
+    return with_aliases(state.pool.models(), state.settings.model_aliases)
 
 
 def _state(request: Request) -> RouterState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from router.errors import BodyTimeout, BodyTooLarge
+from router.errors import BodyTimeout, BodyTooLarge, CompressedBody
 
 if TYPE_CHECKING:
     from starlette.types import Receive
@@ -16,10 +16,12 @@ class ClientGone(Exception):
 
 
 async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, max_bytes: int, max_seconds: float) -> bytes:
-    """Raises BodyTooLarge as soon as the limit is known to be passed, BodyTimeout, or ClientGone."""
+    """Raises BodyTooLarge as soon as the limit is known to be passed, CompressedBody, BodyTimeout, or ClientGone."""
     for name, value in headers:
         if name == b"content-length" and int(value) > max_bytes:
             raise _too_large(max_bytes, f"{int(value)} bytes")
+        if name == b"content-encoding" and value.lower() not in (b"identity", b""):
+            raise CompressedBody(f"The body is encoded with {value.decode('latin-1')!r}. Send it as plain JSON.")
     try:
         async with asyncio.timeout(max_seconds):
             return await _read(receive, max_bytes)

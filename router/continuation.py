@@ -44,6 +44,8 @@ _REASONING = (b'"reasoning":', b'"reasoning_content":')
 
 def can_continue(request: GenerationRequest) -> bool:
     """Whether another engine could go on with the answer as if it had begun it."""
+    if not request.stream or request.api not in (Api.COMPLETIONS, Api.CHAT):
+        return False
     body = request.body
     prompt = body.get("prompt")
     is_one = request.api is Api.CHAT or isinstance(prompt, str) or (isinstance(prompt, list) and type(prompt[0]) is int)
@@ -54,7 +56,7 @@ def can_continue(request: GenerationRequest) -> bool:
     ruled_out -= {"seed"}
     if request.num_choices == 1:
         ruled_out.discard("n")
-    return request.stream and is_one and is_reproducible and not has_logprobs and not ruled_out
+    return is_one and is_reproducible and not has_logprobs and not ruled_out
 
 
 def tokenize_body(request: GenerationRequest) -> bytes | None:

@@ -40,6 +40,10 @@ class ModelNotFound(InvalidRequest):
     status, code = 404, "model_not_found"
 
 
+class UnsupportedModel(InvalidRequest):
+    code = "unsupported_model"
+
+
 class NotFound(InvalidRequest):
     status, code = 404, "not_found"
 
@@ -58,6 +62,10 @@ class HeaderTimeout(BodyTimeout):
 
 class BodyTooLarge(InvalidRequest):
     status, code, closes_connection = 413, "request_too_large", True
+
+
+class CompressedBody(InvalidRequest):
+    status, code, closes_connection = 415, "unsupported_content_encoding", True
 
 
 class HeadersTooLarge(InvalidRequest):
@@ -191,6 +199,14 @@ def error_body(error: RouterError) -> bytes:
     return orjson.dumps({"error": fields})
 
 
-def error_event(error: RouterError) -> bytes:
-    """The same as a server-sent event, for a stream that already has its 200."""
-    return b"data: " + error_body(error) + b"\n\n"
+def error_event(error: RouterError, is_named: bool = False) -> bytes:
+    """The same as a server-sent event, for a stream that already has its 200.
+
+    In the Responses API events have names, and an error's fields stand beside its type; OpenAI's own client looks for
+    the object `error` in both.
+    """
+    body = error_body(error)
+    if not is_named:
+        return b"data: " + body + b"\n\n"
+    fields = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    return b"event: error\ndata: " + orjson.dumps({**fields, **orjson.loads(body)}) + b"\n\n"

@@ -5,6 +5,7 @@ A bool is not an int here, as in OpenAI's API, although it is one in Python.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, NoReturn
 
 from router.errors import InvalidRequest
@@ -14,7 +15,7 @@ INT64 = 2**63
 
 
 def refuse(param: str, must: str, value: Any) -> NoReturn:
-    shown = repr(value)
+    shown = reprlib.repr(value)  # which does not write out millions of tokens to cut them off again
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     raise InvalidRequest(f"{param} must be {must}, not {shown}.", param=param)
 
@@ -81,6 +82,17 @@ def check_messages(messages: Any) -> None:
             refuse(f"messages[{index}]", "an object", message)
         if not isinstance(message.get("role"), str):
             refuse(f"messages[{index}].role", "a string", message.get("role"))
+
+
+def check_input(value: Any) -> None:
+    """The input of the Responses API: text, or a list of items."""
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list) or not value:
+        refuse("input", "a string or a non-empty list of objects", value)
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            refuse(f"input[{index}]", "an object", item)
 
 
 def _are_tokens(ids: list[int]) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from router.body import ClientGone, read_body
 from router.errors import RouterError, ShuttingDown
@@ -16,14 +18,14 @@ from router.hangup import run_until_hang_up
 from router.lifetime import Moment, RequestRecord
 from router.reply import Reply
 from router.terms import read_terms
-from router.types import Outcome, Role
+from router.types import Api, Outcome, Role
 from router.validation import check_length, parse_request
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from router.state import RouterState
-    from router.types import Api, GenerationRequest
+    from router.types import GenerationRequest, Task
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +33,13 @@ TRACE_HEADERS = (b"traceparent", b"tracestate")  # W3C trace context: the only h
 
 
 class GenerationRoute:
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api | Task) -> None:
         self._api = api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: RouterState = scope["app"].state.router
         record = RequestRecord(scope["state"]["request_id"], self._api, scope["state"]["caller"])
-        reply = Reply(send)
+        reply = Reply(send, has_named_events=self._api is Api.RESPONSES)
         state.records.begin(record)
         try:
             await self._answer(state, record, reply, scope, receive)
@@ -51,8 +53,8 @@ class GenerationRoute:
         try:
             terms = read_terms(scope)
             request = await self._accept(state, record, scope, receive)
-            handoff = Handoff(state.fleet, request, record, reply)
-            if await run_until_hang_up(state.admission.run(handoff.run, terms, record, reply), receive):
+            work = partial(self._serve, state, request, record, reply)
+            if await run_until_hang_up(state.admission.run(work, terms, record, reply), receive):
                 record.outcome = Outcome.OK
             else:
                 _end(record, Outcome.CANCELLED, "the client hung up")
@@ -77,7 +79,7 @@ class GenerationRoute:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         raw = await read_body(headers, receive, state.settings.max_body_bytes, state.settings.body_timeout)
         trace = tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
-        request = parse_request(self._api, raw, record.id, trace)
+        request = self._parse(state, raw, record.id, trace)
         record.model, record.stream, record.local_prefill = request.model, request.stream, request.local_prefill
         roles = (Role.DECODE,) if request.local_prefill else tuple(Role)
         state.pool.require(request.model, roles)
@@ -85,6 +87,17 @@ class GenerationRoute:
         check_length(request, card)
         state.pool.chooser.describe(request, _header(headers, state.settings.session_header), card)
         return request
+
+    def _parse(
+        self, state: RouterState, raw: bytes, request_id: str, trace: tuple[tuple[str, str], ...]
+    ) -> GenerationRequest:
+        assert isinstance(self._api, Api)
+        return parse_request(self._api, raw, request_id, trace, state.settings.model_aliases)
+
+    def _serve(
+        self, state: RouterState, request: GenerationRequest, record: RequestRecord, reply: Reply
+    ) -> Coroutine[Any, Any, None]:
+        return Handoff(state.fleet, request, record, reply).run()
 
 
 def _header(headers: list[tuple[bytes, bytes]], name: str) -> str | None:

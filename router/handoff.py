@@ -16,8 +16,9 @@ from router.leases import Lease
 from router.legs import decode_body, kv_params, prefill_body
 from router.lifetime import Attempt, Moment
 from router.relay import StreamRelay, relay_whole
+from router.responses import ResponsesRelay
 from router.retries import backoff
-from router.types import LocalPrefill, Outcome, Role
+from router.types import Api, LocalPrefill, Outcome, Role
 from router.upstream import engine_failures, fetch_prompt_ids, post
 
 if TYPE_CHECKING:
@@ -213,8 +214,9 @@ class Handoff:
                     if not stream:
                         await relay_whole(response, endpoint, self._reply, self._record)
                         return
+                    kind = ResponsesRelay if self._request.api is Api.RESPONSES else StreamRelay
                     gaps = self._fleet.metrics.observe_gap
-                    relay = StreamRelay(engine, self._reply, self._record, gaps, self._transcript)
+                    relay = kind(engine, self._reply, self._record, gaps, self._transcript)
                     await relay.run(response, limit, settings.between_chunks_timeout)
                 finally:
                     response.close()  # does nothing once the answer was read to its end; before, it aborts the request

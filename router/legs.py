@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from router.types import Api
+
 if TYPE_CHECKING:
     from router.types import GenerationRequest, JsonObject
 
@@ -23,6 +25,7 @@ ANSWER_FIELDS = (
     "top_logprobs",
     "logprob_token_ids",
     "return_token_ids",
+    "include",
 )
 
 REMOTE_DECODE: JsonObject = {
@@ -38,7 +41,11 @@ REMOTE_DECODE: JsonObject = {
 def prefill_body(request: GenerationRequest, lease_id: str) -> bytes:
     """One token, not streamed, with the KV cache kept under a lease of this name."""
     body = {name: value for name, value in request.body.items() if name not in ANSWER_FIELDS}
-    body.update(stream=False, max_tokens=1, n=1, kv_transfer_params={**REMOTE_DECODE, "tknp_lease_id": lease_id})
+    if request.api is Api.RESPONSES:
+        body |= {**_of_response(request), "stream": False, "max_output_tokens": 1}
+    else:
+        body |= {"stream": False, "max_tokens": 1, "n": 1}
+    body["kv_transfer_params"] = {**REMOTE_DECODE, "tknp_lease_id": lease_id}
     if "max_completion_tokens" in body:
         body["max_completion_tokens"] = 1
     return orjson.dumps(body)
@@ -60,10 +67,17 @@ def decode_body(request: GenerationRequest, params: JsonObject | None, *, with_i
     """The client's body as it is, with where to pull the KV cache from, or without for a local prefill; and asking for
     the ids of the tokens if they are to be noted."""
     body = {**request.body, "return_token_ids": True} if with_ids else request.body
+    if request.api is Api.RESPONSES:
+        body = {**body, **_of_response(request)}
     if params is not None:
         marked = {**params, "tknp_request_id": request.id, "tknp_num_readers": request.num_choices}
         body = {**body, "kv_transfer_params": marked}
     return orjson.dumps(body)
+
+
+def _of_response(request: GenerationRequest) -> JsonObject:
+    """Of the Responses API vLLM takes the request's id from the body, and an engine that stores never forgets one."""
+    return {"request_id": f"resp_{request.id}", "store": False}
 
 
 def release_body(params: JsonObject) -> bytes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from router.callers import ANONYMOUS, Caller
 
 if TYPE_CHECKING:
-    from router.types import Api, Endpoint, LocalPrefill, Outcome, Role
+    from router.types import Api, Endpoint, LocalPrefill, Outcome, Role, Task
 
 
 class Moment(StrEnum):
@@ -96,7 +96,7 @@ class RequestRecord:
     """One request, from the first byte of its headers to its end."""
 
     id: str
-    api: Api
+    api: Api | Task
     caller: Caller = ANONYMOUS
     model: str | None = None
     stream: bool = False

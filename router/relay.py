@@ -74,22 +74,28 @@ class StreamRelay:
         before = renew_at = 0.0
         while data := await response.content.readany():
             at = now()
+            events = self._whole_events(data)
+            if not events:
+                continue
             if at >= renew_at:  # moving a timer costs more than the rest of this loop, so it moves in steps
                 limit.reschedule(at + 1.1 * gap_limit)
                 renew_at = at + 0.1 * gap_limit
                 self._engine.num_progress += 1
-            events = self._whole_events(data)
             if b"data:" not in events:  # a comment that keeps the connection alive is no token
-                if events and self._reply.started:
+                if self._reply.started:
                     await self._reply.chunk(events)
                 continue
             if before:
                 self._observe_gap(at - before)
             before = at
             await self._pass_on(events)
-        if self._partial or not self._tail.rstrip().endswith(DONE):
+        if not self._has_ended():
             raise EngineFailure(self._endpoint, FailureKind.DISCONNECT, "its stream ended early")
         self._record.mark(Moment.LAST_TOKEN)
+
+    def _has_ended(self) -> bool:
+        """Whether what the engine sent is a whole stream."""
+        return not self._partial and self._tail.rstrip().endswith(DONE)
 
     async def _pass_on(self, events: bytes) -> None:
         error = None

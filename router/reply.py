@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Reply:
     """Either one whole answer, or a stream of server-sent events."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, has_named_events: bool = False) -> None:
         self._send = send
+        self._has_named_events = has_named_events
         self.status: int | None = None  # None until the client got something
         self.is_sending = False  # True while the client does not take what it is sent
 
@@ -56,7 +57,7 @@ class Reply:
         if not self.started:
             await self.whole(error.status, error_body(error), error.headers)
             return
-        await self.chunk(error_event(error))
+        await self.chunk(error_event(error, self._has_named_events))
         await self.end_stream()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:

@@ -272,6 +272,12 @@ class RouterSettings(BaseSettings):
             read_keys(path)
         return path
 
+    # Names of models
+    model_aliases: Annotated[dict[str, str], NoDecode] = Field(
+        default={},
+        description="Other names of models, as alias=model,...; the answers name the model. None: clients name models.",
+    )
+
     @field_validator("prefill_urls", "decode_urls", "cors_allowed_origins", "allowed_engine_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -290,6 +296,16 @@ class RouterSettings(BaseSettings):
         if len(set(cleaned)) != len(cleaned):
             raise ValueError("the same engine is listed twice")
         return cleaned
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_aliases(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if not all(alias.strip() and model.strip() for alias, _, model in pairs):
+            raise ValueError(f"an alias is name=model, several are separated by commas, not {value!r}")
+        return {alias.strip(): model.strip() for alias, _, model in pairs}
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

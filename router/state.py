@@ -28,7 +28,7 @@ from router.records import RecordStore
 from router.retries import RetryBudget
 from router.token_ids import PromptTokenizer
 from router.transfers import TransferRecorder
-from router.types import Outcome
+from router.types import Api, Outcome
 from router.upstream import make_session
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class RouterState:
         """Counts a request that ended, and logs it once what it moved is known."""
         self.metrics.request_ended(record)
         self.records.finish(record)
-        if self.settings.record_transfers and record.outcome is Outcome.OK:
+        if self.settings.record_transfers and record.outcome is Outcome.OK and isinstance(record.api, Api):
             self.transfers.complete(record)
         else:
             log_request(record)

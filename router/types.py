@@ -20,10 +20,19 @@ class Role(StrEnum):
 
 
 class Api(StrEnum):
-    """The two ways to ask for tokens; the value is the path, the same on the router and on every engine."""
+    """The ways to ask for tokens; the value is the path, the same on the router and on every engine."""
 
     COMPLETIONS = "/v1/completions"
     CHAT = "/v1/chat/completions"
+    RESPONSES = "/v1/responses"
+
+
+class Task(StrEnum):
+    """What one engine answers by itself, without generating anything; the value is the path here and there."""
+
+    TOKENIZE = "/tokenize"
+    DETOKENIZE = "/detokenize"
+    EMBEDDINGS = "/v1/embeddings"
 
 
 class LocalPrefill(StrEnum):
@@ -37,6 +46,8 @@ class LocalPrefill(StrEnum):
     BEAM_SEARCH = "beam_search"
     BEST_OF = "best_of"
     TRUNCATION = "truncation"  # truncate_prompt_tokens=-1 depends on max_tokens, which the prefill leg changes
+    BUILTIN_TOOLS = "builtin_tools"  # the engine runs them between several generations; one hand-off serves one
+    TASK = "task"  # tokenizing or embeddings: nothing is decoded
     NO_KV = "no_kv"  # the prefill engine answered without kv_transfer_params
     SHORT_PROMPT = "short_prompt"  # at most local_prefill_tokens long
     CACHED_PROMPT = "cached_prompt"  # all but local_prefill_tokens of it is cached on a decode engine
@@ -91,7 +102,7 @@ class GenerationRequest:
     """A client's request after validation; `body` is what the client sent, parsed."""
 
     id: str
-    api: Api
+    api: Api | Task
     body: JsonObject
     model: str
     stream: bool

@@ -6,14 +6,17 @@ other field passes through untouched: the engine knows best.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from router.aliases import resolve
 from router.errors import InvalidRequest
 from router.fields import (
     INT64,
     check_bool,
+    check_input,
     check_int,
     check_messages,
     check_number,
@@ -29,19 +32,26 @@ ROUTER_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 
 
 def parse_request(
-    api: Api, raw: bytes, request_id: str, trace_headers: tuple[tuple[str, str], ...] = ()
+    api: Api,
+    raw: bytes,
+    request_id: str,
+    trace_headers: tuple[tuple[str, str], ...] = (),
+    aliases: Mapping[str, str] = {},
 ) -> GenerationRequest:
     """Raises InvalidRequest."""
-    body = _parse_json(raw)
-    _refuse_router_fields(body)
+    body = parse_json(raw)
+    refuse_router_fields(body)
+    if aliases:
+        resolve(body, aliases)
     model = body.get("model")
     if not isinstance(model, str) or not model:
         refuse("model", "the name of a model", model)
     stream = check_bool(body, "stream")
     _check_stream_options(body, stream)
-    num_choices = check_int(body, "n", 1, MAX_NUM_CHOICES) or 1
+    # The Responses API has no `n`: an engine that takes no notice of it reads the KV cache once.
+    num_choices = 1 if api is Api.RESPONSES else check_int(body, "n", 1, MAX_NUM_CHOICES) or 1
     _check_sampling(body)
-    local_prefill = _check_completion(body) if api is Api.COMPLETIONS else _check_chat(body)
+    local_prefill = _CHECKS[api](body)
     return GenerationRequest(
         request_id, api, body, model, stream, num_choices, local_prefill or _common_local_prefill(body), trace_headers
     )
@@ -50,7 +60,7 @@ def parse_request(
 def check_length(request: GenerationRequest, card: JsonObject) -> None:
     """Refuses more output tokens than the model's context holds: vLLM's own rule, before a prefill is spent on it."""
     limit = card.get("max_model_len")
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
         wanted = request.body.get(name)
         if isinstance(limit, int) and isinstance(wanted, int) and wanted > limit:
             raise InvalidRequest(
@@ -59,7 +69,7 @@ def check_length(request: GenerationRequest, card: JsonObject) -> None:
             )
 
 
-def _parse_json(raw: bytes) -> JsonObject:
+def parse_json(raw: bytes) -> JsonObject:
     try:
         body: Any = orjson.loads(raw)
         if isinstance(body, dict):
@@ -71,7 +81,7 @@ def _parse_json(raw: bytes) -> JsonObject:
     return body
 
 
-def _refuse_router_fields(body: JsonObject) -> None:
+def refuse_router_fields(body: JsonObject) -> None:
     extra = body.get("vllm_xargs")  # vLLM merges these into the same place
     for name in ROUTER_FIELDS:
         if name in body or (isinstance(extra, dict) and name in extra):
@@ -105,10 +115,12 @@ def _check_completion(body: JsonObject) -> LocalPrefill | None:
     # vLLM takes max_tokens=0 with echo only: the prompt comes back, nothing is generated.
     max_tokens = check_int(body, "max_tokens", 0 if echo else 1)
     logprobs = check_int(body, "logprobs", -1)
-    embeds = body.get("prompt_embeds")
-    if embeds is not None:
+    prompt = body.get("prompt")
+    has_embeds = body.get("prompt_embeds") is not None
+    num_prompts = 0 if has_embeds and prompt is None else check_prompt(prompt)
+    if has_embeds:
         return LocalPrefill.PROMPT_EMBEDS
-    if check_prompt(body.get("prompt")) > 1:
+    if num_prompts > 1:
         return LocalPrefill.SEVERAL_PROMPTS
     if echo and logprobs is not None:
         return LocalPrefill.ECHO_LOGPROBS
@@ -122,6 +134,40 @@ def _check_chat(body: JsonObject) -> LocalPrefill | None:
     check_bool(body, "logprobs")
     check_int(body, "top_logprobs", -1)
     return None
+
+
+# What the Responses API keeps between requests. Nothing is kept here: the next request may meet another engine.
+_STORED = {
+    "previous_response_id": "Send the earlier items of the conversation in input.",
+    "conversation": "Send the earlier items of the conversation in input.",
+    "background": "Leave it out and read the answer as a stream.",
+}
+
+
+def _check_responses(body: JsonObject) -> LocalPrefill | None:
+    check_input(body.get("input"))
+    check_int(body, "max_output_tokens", 1)
+    check_int(body, "top_logprobs", 0, 20)
+    check_bool(body, "store")
+    check_bool(body, "background")
+    for name, instead in _STORED.items():
+        value = body.get(name)
+        if value is not None and not (name == "background" and value is False):
+            raise InvalidRequest(f"{name} needs stored responses, and none are stored here. {instead}", param=name)
+    if has_builtin_tools(body.get("tools")):
+        return LocalPrefill.BUILTIN_TOOLS
+    # vLLM truncates unless it is told "disabled" or nothing at all, to a length that depends on max_output_tokens.
+    return LocalPrefill.TRUNCATION if body.get("truncation", "disabled") != "disabled" else None
+
+
+def has_builtin_tools(tools: Any) -> bool:
+    """Whether the engine itself would call one of the tools; functions are called by the client."""
+    return isinstance(tools, list) and any(
+        isinstance(tool, dict) and tool.get("type") not in ("function", "custom") for tool in tools
+    )
+
+
+_CHECKS = {Api.COMPLETIONS: _check_completion, Api.CHAT: _check_chat, Api.RESPONSES: _check_responses}
 
 
 def _common_local_prefill(body: JsonObject) -> LocalPrefill | None:

@@ -40,8 +40,8 @@ def init(engine_client: Any, state: Any) -> None:
 
 async def _abort(request: Request, request_id: str) -> Response:
     engine = request.app.state.tknp_engine
-    # The names that vLLM's servers of the two APIs give a request with this X-Request-Id.
-    await engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}"))
+    # The names that vLLM's servers of the APIs give a request with this X-Request-Id, or this `request_id`.
+    await engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}", f"resp_{request_id}_0"))
     # The engine takes messages in order: with this answer, the abort before it has happened.
     await engine.is_sleeping()
     return Response(status_code=204)

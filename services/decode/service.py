@@ -38,5 +38,6 @@ def run_decode(
     from services.decode.token_parallel.engine_args import engine_args
 
     additional_config = json.loads(option_value(vllm_args, "--additional-config") or "{}")
-    vllm_args = [*kv_transfer_option("kv_consumer", device, vllm_args), *vllm_args]
+    # Usage tells what was cached, as OpenAI's does; the prefill engine's share comes with the KV cache.
+    vllm_args = [*kv_transfer_option("kv_consumer", device, vllm_args), "--enable-prompt-tokens-details", *vllm_args]
     serve(model, host, port, vllm_args, engine_args(options, additional_config))

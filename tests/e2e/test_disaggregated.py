@@ -176,6 +176,71 @@ def test_structured_output_and_tools_pass_through(client: openai.OpenAI) -> None
     assert content is not None and json.loads(content) in ({"a": "x"}, {"a": "y"})
 
 
+def test_responses(stack: Stack, client: openai.OpenAI) -> None:
+    """The same conversation as a chat gets the same text, over both legs."""
+    messages: Any = [{"role": "user", "content": "What is the capital of France? Answer at some length."}]
+    chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=16, temperature=0)
+    fields: dict[str, Any] = {"model": "tiny", "input": messages, "max_output_tokens": 16, "temperature": 0}
+    whole = client.responses.create(**fields, extra_headers={"X-Request-Id": "response"})
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.status == "incomplete" and whole.usage is not None and whole.usage.output_tokens == 16
+    record = stack.record("response")
+    assert [attempt["role"] for attempt in record["attempts"]] == ["prefill", "decode"]
+    assert record["local_prefill"] is None
+    events = list(client.responses.create(**fields, stream=True))
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == whole.output_text
+    assert events[-1].type == "response.completed"
+    with client.responses.create(**{**fields, "max_output_tokens": 400}, stream=True) as stream:
+        next(iter(stream))
+    stack.wait_idle()
+
+
+def test_a_response_with_a_schema(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    named: dict[str, Any] = {"name": "answer", "schema": {**schema, "additionalProperties": False}, "strict": True}
+    messages: Any = [{"role": "user", "content": "Answer in JSON."}]
+    wanted: Any = {"type": "json_schema", "json_schema": named}
+    chat = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=60, temperature=0, response_format=wanted
+    )
+    text: Any = {"format": {"type": "json_schema", **named}}
+    reply = client.responses.create(model="tiny", input=messages, max_output_tokens=60, temperature=0, text=text)
+    assert reply.output_text == chat.choices[0].message.content
+    assert reply.output_text.startswith("{")
+
+
+def test_usage_tells_what_the_prefill_engine_had_cached(stack: Stack, client: openai.OpenAI) -> None:
+    """And not what the decode engine pulled, which is nearly everything."""
+    prompt = tokens(200, 80)
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(model="tiny", prompt=prompt, max_tokens=2).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert (usage.prompt_tokens, usage.completion_tokens) == (200, 2)
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    stream = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=2, stream=True, stream_options={"include_usage": True}
+    )
+    last = list(stream)[-1].usage
+    assert last is not None and last.prompt_tokens_details is not None
+    cached.append(last.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 200 // BLOCK * BLOCK, 200 // BLOCK * BLOCK]
+    response = client.responses.create(
+        model="tiny", input="A prompt that nobody sent before. " * 9, max_output_tokens=16
+    )
+    assert response.usage is not None and response.usage.input_tokens_details.cached_tokens < BLOCK
+
+
+def test_tokens_and_models(stack: Stack, client: openai.OpenAI) -> None:
+    found = stack.router.post("/tokenize", {"prompt": "Hello world", "add_special_tokens": False}).json()["tokens"]
+    assert stack.router.post("/detokenize", {"model": "tiny", "tokens": found}).json() == {"prompt": "Hello world"}
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.BadRequestError, match="can't make embeddings"):
+        client.embeddings.create(model="tiny", input="Hello")
+
+
 def test_prompt_longer_than_the_model_takes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match=r"(?s)1024.*1100|1100.*1024"):
         client.completions.create(model="tiny", prompt=tokens(1100, 70), max_tokens=5)

@@ -18,7 +18,7 @@ import orjson
 from aiohttp import web
 
 from router.health import PROBE_ID_PREFIX
-from router.types import Role
+from router.types import Api, Role, Task
 
 Behaviour = Callable[["ScriptedEngine", web.Request, "Seen"], Awaitable[web.StreamResponse]]
 
@@ -101,8 +101,8 @@ class ScriptedEngine:
         app.router.add_post("/requests/{id}/abort", self._abort)
         app.router.add_post("/kv_leases/{id}/release", self._release)
         app.router.add_post("/tokenize", self._tokenize)
-        app.router.add_post("/v1/completions", self._generate)
-        app.router.add_post("/v1/chat/completions", self._generate)
+        for path in (*Api, Task.DETOKENIZE, Task.EMBEDDINGS):
+            app.router.add_post(path, self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=2048)
@@ -152,8 +152,11 @@ class ScriptedEngine:
     async def _tokenize(self, request: web.Request) -> web.Response:
         """What the test says, or a token a character."""
         body = await request.json()
-        text = body.get("prompt") or body["messages"][-1]["content"]
-        return web.json_response({"tokens": self.tokens or [ord(char) for char in text]})
+        text = body.get("prompt")
+        if "messages" in body and not text:
+            text = body["messages"][-1]["content"]
+        tokens = [ord(char) for char in text] if isinstance(text, str) else []
+        return web.json_response({"tokens": self.tokens or tokens})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()

@@ -81,6 +81,34 @@ def test_unknown_paths_and_methods_answer_with_openais_error(stack: Stack) -> No
     assert stack.router.call("GET", "/requests/none").error["code"] == "not_found"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("HEAD", "/v1/completions", 405),
+        ("HEAD", "/nowhere", 404),
+        ("OPTIONS", "/v1/chat/completions", 405),
+        ("TRACE", "/health", 405),
+        ("PUT", "/v1/responses/resp_1", 405),
+        ("GET", "/v1/models/%ff%fe", 404),
+        ("GET", "/v1/models/%zz", 404),
+        ("GET", "/requests/%00%0d%0a", 404),
+        ("GET", "//v1/models", 404),
+        ("GET", "/v1/responses/", 404),
+        ("POST", "/v1/responses/a%2Fb/cancel", 404),
+    ],
+)
+def test_odd_requests_get_openais_error(stack: Stack, method: str, path: str, status: int) -> None:
+    answer = stack.router.call(method, path)
+    assert answer.status == status
+    assert "allow" in answer.headers or status != 405
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    if method == "HEAD":
+        assert answer.body == b""
+    else:
+        assert answer.error["type"] == "invalid_request_error"
+
+
 def test_ready_says_engine_by_engine_what_is_missing(start_stack: StartStack) -> None:
     stack = start_stack(num_prefill=1, num_decode=2, decode_only=False)
     answer = stack.router.call("GET", "/ready")

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import pytest
@@ -22,7 +22,11 @@ with warnings.catch_warnings():
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, StreamingResponsesResponse
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.output_processor import RequestState
 
 PARAMS = {"do_remote_prefill": True, "do_remote_decode": False}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -43,10 +47,22 @@ CHATS: list[dict[str, Any]] = [
 ]
 
 
+RESPONSES: list[dict[str, Any]] = [
+    {},
+    {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 64, "instructions": "Be brief."},
+    {"stream": True, "store": True, "temperature": 2, "top_p": 1, "seed": 3},
+    {"include": ["message.output_text.logprobs"], "top_logprobs": 3},
+    {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}]},
+    {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}},
+]
+
+
 def accepted(api: Api, fields: dict[str, Any]) -> GenerationRequest:
     base: dict[str, Any] = {"model": "m"}
     if api is Api.CHAT:
         base["messages"] = [{"role": "user", "content": "hi"}]
+    if api is Api.RESPONSES:
+        base["input"] = "hi"
     return parse_request(api, orjson.dumps({**base, **fields}), "id")
 
 
@@ -67,6 +83,35 @@ def test_vllm_takes_both_legs_of_what_we_accept(api: Api, fields: dict[str, Any]
     assert leg["return_token_ids"] is True
     for name in ("n", "seed", "min_tokens", "logprobs", "stream", "echo"):
         assert name not in fields or leg[name] == fields[name]
+
+
+@pytest.mark.parametrize("fields", RESPONSES)
+def test_vllm_takes_both_legs_of_a_response(fields: dict[str, Any]) -> None:
+    request = accepted(Api.RESPONSES, fields)
+    leg = ResponsesRequest.model_validate_json(prefill_body(request, "lease"))
+    assert (leg.max_output_tokens, leg.stream, leg.store, leg.include) == (1, False, False, None)
+    params = leg.to_sampling_params(64)
+    assert (params.max_tokens, params.logprobs, params.seed) == (1, None, None)
+    assert params.extra_args["kv_transfer_params"]["do_remote_decode"] is True
+    leg = ResponsesRequest.model_validate_json(decode_body(request, PARAMS, with_ids=False))
+    assert leg.request_id == "resp_id", "what an engine is told to abort"
+    assert leg.to_sampling_params(64).extra_args["kv_transfer_params"]["tknp_request_id"] == "id"
+    assert (leg.stream, leg.store) == (fields.get("stream", False), False)
+
+
+def test_a_streamed_response_has_one_end_and_two_events_before_its_tokens() -> None:
+    """What responses.py knows the stream by."""
+    source = inspect.getsource(OpenAIServingResponses.responses_stream_generator)
+    assert source.index("ResponseCreatedEvent") < source.index("ResponseInProgressEvent") < source.index("processor(\n")
+    names = {getattr(event, "__name__", "") for event in get_args(StreamingResponsesResponse)}
+    assert "ResponseCompletedEvent" in names
+    assert not names & {"ResponseIncompleteEvent", "ResponseFailedEvent", "ResponseErrorEvent"}
+
+
+def test_the_prefill_engine_tells_the_decode_engine_how_much_it_had_cached() -> None:
+    """Both legs' part in `cached_tokens`: to the decode engine alone, everything that it pulled looks cached."""
+    assert '"remote_prefill_cached_tokens"' in inspect.getsource(Scheduler.update_from_output)
+    assert '"remote_prefill_cached_tokens"' in inspect.getsource(RequestState)
 
 
 def test_a_rejected_request_releases_its_kv_cache() -> None:

@@ -163,3 +163,10 @@ def test_a_long_answer_is_not_cut_by_the_limit_on_headers(start_stack: StartStac
     stack = start_stack(header_timeout=0.3)
     stack.decode[0].behaviour = slow(0.8)
     assert stack.router.complete().status == 200
+
+
+def test_a_compressed_body_is_named_as_such(small: Stack) -> None:
+    headers = HEAD + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\n"
+    status, error = exchange(small, headers + b"\x1f\x8b\x08")
+    assert (status, error["code"]) == (415, "unsupported_content_encoding")
+    assert "gzip" in error["message"]

@@ -11,7 +11,9 @@ from router.errors import EngineFailure
 from router.lifetime import RequestRecord
 from router.relay import StreamRelay
 from router.reply import Reply
+from router.responses import ResponsesRelay
 from router.types import Api, Endpoint, Role
+from tests.router.answers import COMPLETED, DELTAS, PREAMBLE, event
 
 EVENTS = [b'data: {"text":"%d"}\n\n' % i for i in range(20)] + [b"data: [DONE]\n\n"]
 
@@ -31,7 +33,7 @@ class Response:
         self.content = Content(pieces)
 
 
-def relay(pieces: list[bytes]) -> list[bytes]:
+def relay(pieces: list[bytes], kind: type[StreamRelay] = StreamRelay) -> list[bytes]:
     """What the client was sent, chunk by chunk."""
     sent: list[bytes] = []
 
@@ -42,7 +44,7 @@ def relay(pieces: list[bytes]) -> list[bytes]:
     async def run() -> None:
         record = RequestRecord("a", Api.CHAT)
         engine = Engine(Endpoint(Role.DECODE, "http://a:1"))
-        stream = StreamRelay(engine, Reply(send), record, lambda gap: None, None)
+        stream = kind(engine, Reply(send), record, lambda gap: None, None)
         async with asyncio.timeout(10) as limit:
             await stream.run(Response(pieces), limit, 10.0)  # type: ignore[arg-type]
 
@@ -65,6 +67,26 @@ def test_however_the_network_cuts_them_only_whole_events_are_sent(seed: int) -> 
     sent = relay(cut(whole, random.Random(seed)))
     assert b"".join(sent) == whole
     assert all(piece.endswith(b"\n\n") for piece in sent)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_response_passes_however_it_is_cut(seed: int) -> None:
+    whole = b"".join((PREAMBLE, *DELTAS, COMPLETED))
+    sent = relay(cut(whole, random.Random(seed)), ResponsesRelay)
+    assert b"".join(sent) == whole
+    assert sent[0].startswith(PREAMBLE) and len(sent[0]) > len(PREAMBLE), "the preamble waits for what follows it"
+
+
+@pytest.mark.parametrize("pieces", [[PREAMBLE], [PREAMBLE, *DELTAS], [PREAMBLE, *DELTAS, COMPLETED[:-1]], []])
+def test_a_response_without_its_end_is_a_failure(pieces: list[bytes]) -> None:
+    with pytest.raises(EngineFailure, match="ended early"):
+        relay(pieces, ResponsesRelay)
+
+
+def test_text_that_looks_like_a_responses_end_is_not_the_end() -> None:
+    text = event("response.output_text.delta", delta="\nevent: response.completed\n")
+    with pytest.raises(EngineFailure, match="ended early"):
+        relay([PREAMBLE, text], ResponsesRelay)
 
 
 def test_crlf_events_pass() -> None:

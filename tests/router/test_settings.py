@@ -30,6 +30,15 @@ def test_an_engine_listed_twice_is_refused() -> None:
         RouterSettings(decode_urls=("http://a:1", "http://a:1/"))
 
 
+def test_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TKNP_ROUTER_MODEL_ALIASES", "gpt-4o=org/small, gpt-4 = org/small,")
+    assert RouterSettings().model_aliases == {"gpt-4o": "org/small", "gpt-4": "org/small"}
+    assert RouterSettings(model_aliases={"a": "b"}).model_aliases == {"a": "b"}
+    for bad in ("gpt-4o", "=small", "gpt-4o="):
+        with pytest.raises(ValidationError, match="name=model"):
+            RouterSettings(model_aliases=bad)  # type: ignore[arg-type]
+
+
 def test_every_field_says_what_it_is_for() -> None:
     for name, field in RouterSettings.model_fields.items():
         assert field.description, name

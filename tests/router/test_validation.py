@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from router.errors import InvalidRequest
 from router.types import Api, LocalPrefill
 from router.validation import parse_request
-from tests.router.conftest import Stack, StartStack
+from tests.router.conftest import Stack
 from tests.router.scripted_engine import MODEL
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -40,6 +39,17 @@ BAD_COMPLETIONS: dict[str, list[Any]] = {
     "stream_options": [{"include_usage": True}, True],
     "kv_transfer_params": [{"remote_host": "10.0.0.1"}, None],
     "ec_transfer_params": [{"a": 1}],
+}
+BAD_RESPONSES: dict[str, list[Any]] = {
+    "input": [None, [], {}, 1, ["hi"], [[]]],
+    "max_output_tokens": [0, -1, "5", 1.5, 5000],
+    "top_logprobs": [-1, 21, True],
+    "store": ["yes", 1],
+    "background": [True, "yes"],
+    "previous_response_id": ["resp_1", False, 0],
+    "conversation": ["conv_1", {"id": "conv_1"}, 0],
+    "kv_transfer_params": [{"remote_host": "10.0.0.1"}],
+    "stream_options": [{"include_usage": True}],
 }
 BAD_CHATS: dict[str, list[Any]] = {
     "messages": [None, [], {}, "hi", ["hi"], [{}], [{"role": 1}], [None]],
@@ -77,6 +87,14 @@ def test_bad_completion(calm: Stack, field: str, value: Any) -> None:
 @pytest.mark.parametrize(("field", "value"), cases(BAD_CHATS))
 def test_bad_chat(calm: Stack, field: str, value: Any) -> None:
     answer = calm.router.chat(**{field: value})
+    assert answer.status == 400, answer.body
+    assert answer.error["param"].startswith(field)
+    assert calm.num_seen == 0
+
+
+@pytest.mark.parametrize(("field", "value"), cases(BAD_RESPONSES))
+def test_bad_response(calm: Stack, field: str, value: Any) -> None:
+    answer = calm.router.call("POST", "/v1/responses", {"model": MODEL, "input": "hi", field: value})
     assert answer.status == 400, answer.body
     assert answer.error["param"].startswith(field)
     assert calm.num_seen == 0
@@ -126,46 +144,28 @@ def test_too_many_tokens_names_both_numbers(calm: Stack) -> None:
     assert "4096" in message
 
 
-def mutate(rng: random.Random, raw: bytes) -> bytes:
-    """One of the ways in which bodies go wrong on their way."""
-    kind = rng.randrange(5)
-    at = rng.randrange(1, len(raw))
-    if kind == 0:
-        return raw[:at]
-    if kind == 1:
-        return raw[:at] + bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9))) + raw[at:]
-    if kind == 2:
-        return raw[:at] + raw[at + rng.randrange(1, 9) :]
-    if kind == 3:
-        return bytes(rng.randrange(256) for _ in range(rng.randrange(200)))
-    body = json.loads(raw)
-    junk: list[Any] = [None, True, -1, 0, 2**70, -1e300, "", "\x00", [], {}, [[]], [{}], [None, 1], {"a": {"b": []}}]
-    for _ in range(rng.randrange(1, 4)):
-        body[rng.choice([*body, "stop", "n", "tools", "stream_options", "logprobs", "seed"])] = rng.choice(junk)
-    return json.dumps(body).encode()
-
-
-def test_300_malformed_bodies_never_make_a_500(start_stack: StartStack) -> None:
-    stack = start_stack()
-    rng = random.Random(20261120)
-    bases = [
-        ("/v1/completions", {"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 4, "stream": True, "stop": ["a"]}),
-        ("/v1/chat/completions", {"model": MODEL, **CHAT, "temperature": 0.5, "n": 2, "top_p": 0.9}),
-    ]
-    for _ in range(300):
-        path, base = rng.choice(bases)
-        raw = mutate(rng, json.dumps(base).encode())
-        before = stack.num_seen
-        answer = stack.router.call("POST", path, raw)
-        assert answer.status in (200, 400, 404), (raw, answer.body)
-        if answer.status != 200:
-            assert answer.error["message"]
-            assert stack.num_seen == before
+BASES: dict[Api, dict[str, Any]] = {Api.COMPLETIONS: {"prompt": "hi"}, Api.CHAT: CHAT, Api.RESPONSES: {"input": "hi"}}
 
 
 def parse(api: Api = Api.COMPLETIONS, **fields: Any) -> LocalPrefill | None:
-    base = {"model": "m", "prompt": "hi"} if api is Api.COMPLETIONS else {"model": "m", **CHAT}
-    return parse_request(api, json.dumps({**base, **fields}).encode(), "id").local_prefill
+    return parse_request(api, json.dumps({"model": "m", **BASES[api], **fields}).encode(), "id").local_prefill
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, None),
+        ({"tools": [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}]}, None),
+        ({"tools": [{"type": "function", "name": "f"}, {"type": "web_search_preview"}]}, LocalPrefill.BUILTIN_TOOLS),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, LocalPrefill.BUILTIN_TOOLS),
+        ({"truncation": "disabled"}, None),
+        ({"truncation": "auto"}, LocalPrefill.TRUNCATION),
+        ({"truncation": None}, LocalPrefill.TRUNCATION),
+        ({"background": False, "store": True}, None),
+    ],
+)
+def test_which_responses_a_decode_engine_prefills_itself(fields: dict[str, Any], reason: LocalPrefill | None) -> None:
+    assert parse(Api.RESPONSES, **fields) is reason
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,7 @@ def parse(api: Api = Api.COMPLETIONS, **fields: Any) -> LocalPrefill | None:
         ({"prompt": ["one", "two"]}, LocalPrefill.SEVERAL_PROMPTS),
         ({"prompt": [[1], [2]]}, LocalPrefill.SEVERAL_PROMPTS),
         ({"prompt_embeds": "AAAA", "prompt": None}, LocalPrefill.PROMPT_EMBEDS),
+        ({"prompt_embeds": "AAAA", "prompt": "hi"}, LocalPrefill.PROMPT_EMBEDS),
         ({"echo": True}, None),
         ({"echo": True, "logprobs": 0}, LocalPrefill.ECHO_LOGPROBS),
         ({"echo": True, "max_tokens": 0}, LocalPrefill.NO_GENERATION),
@@ -198,8 +199,8 @@ def test_what_a_decode_engine_prefills_itself(fields: dict[str, Any], reason: Lo
 )
 def test_null_is_the_same_as_absent(field: str) -> None:
     nothing: dict[str, Any] = {field: None}
-    assert parse(**nothing) is None
-    assert parse(Api.CHAT, **nothing) is None
+    for api in Api:
+        assert parse(api, **nothing) is None
 
 
 def test_stream_options_with_a_stream_are_fine() -> None:
