@@ -12,6 +12,7 @@ from router.breaker import CircuitBreaker
 from router.errors import EngineFailure, FailureKind, ModelNotFound, NoEngine
 from router.fit import misfit
 from router.load import EngineLoad
+from router.room import has_room
 from router.types import Endpoint, JsonObject, Role
 
 if TYPE_CHECKING:
@@ -120,6 +121,16 @@ class EnginePool:
         """Why the request should go to a decode engine alone, by what is known right now; None if it should not."""
         prefill, decode = (self.alive(role, request.model) for role in Role)
         return self.chooser.local_prefill(prefill, decode, request)
+
+    def has_room(self, request: GenerationRequest) -> bool:
+        """Whether a decode engine has room for the request now, and it need not wait for others to end.
+
+        True as well where waiting would not help: no engine is alive, one does not tell, or one has nothing to do.
+        """
+        kvs = [engine.load.kv for engine in self.alive(Role.DECODE, request.model)]
+        rooms = [kv.rooms if kv.committed.num_sequences else None for kv in kvs]
+        demand = request.demand
+        return not kvs or has_room(rooms, demand.num_sequence_tokens, demand.num_choices)
 
     def require(self, model: str, roles: Collection[Role]) -> None:
         """Raises ModelNotFound or NoEngine unless each of the roles has an engine alive for the model.
