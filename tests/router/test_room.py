@@ -153,6 +153,17 @@ def test_the_pool_says_whether_a_request_has_to_wait(start_stack: StartStack) ->
     assert pool.has_room(wanted(1)), "there is nothing to wait for: the request gets its 503"
 
 
+def test_an_engine_too_busy_to_tell_keeps_what_was_known(
+    start_stack: StartStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    stack = start_stack(1, 1, kv_poll_interval=0.05, health_check_timeout=0.3)
+    stack.decode[0].ranks = [status(0, 20)]
+    wait_for(lambda: rooms(stack) == [[320]])
+    stack.decode[0].ranks_delay = 1.0
+    wait_for(lambda: "did not say" in caplog.text)
+    assert rooms(stack) == [[320]]
+
+
 def test_free_kv_by_rank_is_shown(start_stack: StartStack) -> None:
     stack = start_stack(1, 2, kv_poll_interval=0.05)
     first, second = stack.decode
