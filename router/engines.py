@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from router.breaker import CircuitBreaker
 from router.errors import EngineFailure, FailureKind, ModelNotFound, NoEngine
 from router.fit import misfit
 from router.load import EngineLoad
+from router.room import has_room
 from router.types import Endpoint, JsonObject, Role
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ class Engine:
             self.load.end(share)
 
 
+def _reader(prefill: Engine, decode: Sequence[Engine]) -> Engine | None:
+    """Some engine that can read the KV cache of `prefill`."""
+    return next((d for d in decode if misfit(prefill, d) is None), None)
+
+
 class EnginePool:
     """All engines of both roles, and who chooses among them."""
 
@@ -110,9 +116,10 @@ class EnginePool:
             decode = self.alive(Role.DECODE, request.model)
             if not decode:
                 raise self._no_engine(Role.DECODE, request.model)
-            engines = list(dict.fromkeys(p for p, _ in self._fitting_pairs(engines, decode)))  # each once
+            engines = [p for p in engines if _reader(p, decode)] or self._refuse_misfits(engines, decode)
         elif prefilled_by is not None:
-            engines = [d for _, d in self._fitting_pairs([prefilled_by], engines)]
+            readers = [d for d in engines if misfit(prefilled_by, d) is None]
+            engines = readers or self._refuse_misfits([prefilled_by], engines)
         untried = [engine for engine in engines if engine.endpoint not in tried]
         return self.chooser.choose(role, untried, request.demand) if untried else None
 
@@ -120,6 +127,16 @@ class EnginePool:
         """Why the request should go to a decode engine alone, by what is known right now; None if it should not."""
         prefill, decode = (self.alive(role, request.model) for role in Role)
         return self.chooser.local_prefill(prefill, decode, request)
+
+    def has_room(self, request: GenerationRequest) -> bool:
+        """Whether a decode engine has room for the request now, and it need not wait for others to end.
+
+        True as well where waiting would not help: no engine is alive, one does not tell, or one has nothing to do.
+        """
+        kvs = [engine.load.kv for engine in self.alive(Role.DECODE, request.model)]
+        rooms = [kv.rooms if kv.committed.num_sequences else None for kv in kvs]
+        demand = request.demand
+        return not kvs or has_room(rooms, demand.num_sequence_tokens, demand.num_choices)
 
     def require(self, model: str, roles: Collection[Role]) -> None:
         """Raises ModelNotFound or NoEngine unless each of the roles has an engine alive for the model.
@@ -138,7 +155,9 @@ class EnginePool:
             if not may_lack and not self.alive(role, model):
                 raise self._no_engine(role, model)
         if Role.PREFILL in roles:
-            self._fitting_pairs(self.alive(Role.PREFILL, model), self.alive(Role.DECODE, model))
+            prefill, decode = self.alive(Role.PREFILL, model), self.alive(Role.DECODE, model)
+            if prefill and decode and not any(_reader(p, decode) for p in prefill):
+                self._refuse_misfits(prefill, decode)
 
     def models(self) -> dict[str, JsonObject]:
         """Name -> model card of everything that a decode engine alive serves."""
@@ -176,17 +195,13 @@ class EnginePool:
     def _prefilled(self) -> set[str]:
         return {name for e in self.of(Role.PREFILL) if e.is_up and not e.is_draining for name in e.models}
 
-    def _fitting_pairs(self, prefill: Sequence[Engine], decode: Sequence[Engine]) -> list[tuple[Engine, Engine]]:
-        """Those that can hand a KV cache over. Raises NoEngine, with what differs, if engines there are but no pair."""
-        pairs = [(p, d) for p in prefill for d in decode]
-        fitting = [(p, d) for p, d in pairs if misfit(p, d) is None]
-        if pairs and not fitting:
-            raise NoEngine(
-                f"No decode engine can read a prefill engine's KV cache: {misfit(*pairs[0])}. "
-                "Start both with the same model and settings.",
-                retry_after=RETRY_AFTER_SECONDS,
-            )
-        return fitting
+    def _refuse_misfits(self, prefill: Sequence[Engine], decode: Sequence[Engine]) -> NoReturn:
+        """No decode engine can read what any of the prefill engines keeps; says what differs."""
+        raise NoEngine(
+            f"No decode engine can read a prefill engine's KV cache: {misfit(prefill[0], decode[0])}. "
+            "Start both with the same model and settings.",
+            retry_after=RETRY_AFTER_SECONDS,
+        )
 
     def _no_engine(self, role: Role, model: str) -> NoEngine:
         engines = self.of(role)

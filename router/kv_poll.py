@@ -51,6 +51,13 @@ class KvPoller:
         try:
             async with asyncio.timeout(self._timeout):
                 ranks = await self._ask(engine)
+        except TimeoutError:
+            # It is busy, which is no time to believe that it has room. What was known, corrected by what was sent
+            # since, stands until it answers, or is found to be down.
+            logger.warning(
+                "decode engine %s did not say in %g s how much KV is free", engine.endpoint.name, self._timeout
+            )
+            return
         except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError) as error:
             reason = f"asking for its free KV failed: {error or type(error).__name__}"
             if was_known:

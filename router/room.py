@@ -46,7 +46,7 @@ def expected_rooms(ranks: Sequence[RankKv], committed: Committed) -> list[int]:
     """
     num_living = sum(rank.num_requests or 0 for rank in ranks)
     tells = all(rank.num_requests is not None for rank in ranks)
-    own_share = min(1.0, committed.num_sequences / num_living) if tells and num_living else 1.0
+    own_share = min(1.0, committed.num_sequences / num_living) if num_living else float(not tells)
     used = sum(rank.num_used_tokens for rank in ranks) * own_share
     num_coming = max(0, committed.num_sequences - num_living) if tells else committed.num_sequences
     coming = committed.num_prompt_tokens * num_coming / max(1, committed.num_sequences)

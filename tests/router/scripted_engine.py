@@ -64,6 +64,7 @@ class ScriptedEngine:
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
         self.transfers: dict[str, dict[str, Any]] = {}
         self.ranks: list[dict[str, Any]] | None = None  # None as of an engine without GET /token_parallel
+        self.ranks_delay = 0.0  # s, before it tells them
         self.metrics_text = ""  # of GET /metrics
         self.kv_events: bytes | None = None  # of GET /kv_events, None if there is no such route
         self.tokens: list[int] = []  # of POST /tokenize, if it is not to be a token a character
@@ -127,6 +128,7 @@ class ScriptedEngine:
         return web.json_response(self.kv_traits, status=404 if self.kv_traits is None else 200)
 
     async def _ranks(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.ranks_delay)
         return web.json_response({"ranks": self.ranks}, status=404 if self.ranks is None else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from router.candidates import Candidate
+from router.demand import Demand
 from router.kv_poll import parse_metrics, parse_ranks
 from router.room import Committed, KvRoom, RankKv, expected_rooms, has_room, place, with_room
+from router.types import Api, GenerationRequest
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
 
@@ -26,6 +28,7 @@ GROWTH = {
     "shared prefix": ((rank(0, 50, 10),), Committed(10, 8000, 320), [800 - 320]),
     # Half of the requests there are somebody else's, and so is half of what is used.
     "another router's": ((rank(0, 60, 2),), Committed(1, 320, 160), [960 - 160]),
+    "used by nobody that lives": ((rank(0, 40, 0),), Committed(1, 320, 160), [640 - 480]),
     "finished growing": ((rank(0, 70, 1),), Committed(1, 320, 160), [1120]),
     "no count of requests": ((rank(0, 80, None),), Committed(1, 320, 160), [1280 - 160]),
     "more than there is": ((rank(0, 10, 1),), Committed(1, 1440, 800), [160 - 800]),
@@ -126,6 +129,39 @@ def test_a_request_goes_where_a_rank_can_hold_it(start_stack: StartStack) -> Non
     assert [len(engine.seen) for engine in stack.decode] == [0, 5]
     assert stack.router.complete(prompt=[1] * 100, max_tokens=100).status == 200
     assert [len(engine.seen) for engine in stack.decode] == [1, 5]
+
+
+def test_the_pool_says_whether_a_request_has_to_wait(start_stack: StartStack) -> None:
+    stack = start_stack(1, 1, kv_poll_interval=0.05)
+    pool = stack.router.state.pool
+
+    def wanted(num_tokens: int) -> GenerationRequest:
+        request = GenerationRequest("id", Api.COMPLETIONS, {}, "tiny", True, 1, None)
+        request.demand.num_prompt_tokens = num_tokens
+        return request
+
+    assert pool.has_room(wanted(10**9)), "the engine does not tell"
+    stack.decode[0].ranks = [status(0, 20), status(1, 30)]
+    wait_for(lambda: rooms(stack) == [[320, 480]])
+    assert pool.has_room(wanted(10**9)), "it has nothing to do, and will not have more room later"
+    with pool.engines[1].occupied(Demand(100, 60)):
+        wait_for(lambda: rooms(stack) == [[320 - 80, 480 - 80]])  # expected on either rank
+        assert pool.has_room(wanted(400))
+        assert not pool.has_room(wanted(401))
+    stack.decode[0].kill()
+    wait_for(lambda: not pool.engines[1].is_up)
+    assert pool.has_room(wanted(1)), "there is nothing to wait for: the request gets its 503"
+
+
+def test_an_engine_too_busy_to_tell_keeps_what_was_known(
+    start_stack: StartStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    stack = start_stack(1, 1, kv_poll_interval=0.05, health_check_timeout=0.3)
+    stack.decode[0].ranks = [status(0, 20)]
+    wait_for(lambda: rooms(stack) == [[320]])
+    stack.decode[0].ranks_delay = 1.0
+    wait_for(lambda: "did not say" in caplog.text)
+    assert rooms(stack) == [[320]]
 
 
 def test_free_kv_by_rank_is_shown(start_stack: StartStack) -> None:
