@@ -67,7 +67,8 @@ async def fetch_prompt_ids(session: aiohttp.ClientSession, endpoint: Endpoint, r
     with engine_failures(endpoint):
         async with asyncio.timeout(TOKENIZE_TIMEOUT):
             headers = {"Content-Type": "application/json"}
-            async with session.post(endpoint.url + "/tokenize", data=body, headers=headers) as response:
+            url = endpoint.url + "/tokenize"
+            async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
                 answer = await response.read()
     try:
         tokens: list[int] = orjson.loads(answer)["tokens"]
