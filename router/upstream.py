@@ -31,13 +31,14 @@ def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
         connector=connector,
         auto_decompress=False,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
-        headers={"Accept-Encoding": "identity", **_credentials(settings)},
+        headers=engine_headers(settings),
     )
 
 
-def _credentials(settings: RouterSettings) -> dict[str, str]:
+def engine_headers(settings: RouterSettings) -> dict[str, str]:
+    """What every request to an engine has: no compression, and the engines' API key if they have one."""
     key = settings.engine_key
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
+    return {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
 
 
 @contextmanager
