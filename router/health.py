@@ -108,7 +108,7 @@ class EngineWatch:
             raise
 
     async def _check_alive(self) -> None:
-        async with self._session.get(f"{self._engine.endpoint.url}/health") as response:
+        async with self._session.get(f"{self._engine.endpoint.url}/health", allow_redirects=False) as response:
             if response.status != 200:
                 raise Unhealthy(f"/health answered with status {response.status}")
 
@@ -118,14 +118,14 @@ class EngineWatch:
         body = {"model": model, "prompt": request_id, "max_tokens": 1, "temperature": 0}
         headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
         url = self._engine.endpoint.url + Api.COMPLETIONS
-        async with self._session.post(url, data=orjson.dumps(body), headers=headers) as response:
+        async with self._session.post(url, data=orjson.dumps(body), headers=headers, allow_redirects=False) as response:
             answer = await response.read()
         if response.status != 200 or b'"choices"' not in answer:
             said = answer[:200].decode(errors="replace")
             raise Unhealthy(f"it answers, but generates nothing: status {response.status}, {said}")
 
     async def _fetch_kv_traits(self) -> dict[str, str]:
-        async with self._session.get(f"{self._engine.endpoint.url}/kv_traits") as response:
+        async with self._session.get(f"{self._engine.endpoint.url}/kv_traits", allow_redirects=False) as response:
             raw = await response.read()
         if response.status == 404:
             return {}  # stock vLLM
@@ -135,7 +135,7 @@ class EngineWatch:
             raise Unhealthy(f"/kv_traits answered with status {response.status} and no traits") from error
 
     async def _fetch_models(self) -> dict[str, JsonObject]:
-        async with self._session.get(f"{self._engine.endpoint.url}/v1/models") as response:
+        async with self._session.get(f"{self._engine.endpoint.url}/v1/models", allow_redirects=False) as response:
             raw = await response.read()
         try:
             models = {str(card["id"]): card for card in orjson.loads(raw)["data"]}

@@ -89,6 +89,7 @@ class LeaseReleaser:
             helper.url + Api.COMPLETIONS,
             data=release_body(lease.params),
             headers={"Content-Type": "application/json"},
+            allow_redirects=False,
         ) as response:
             await response.read()
         return LeaseEnd.RELEASED
@@ -101,6 +102,6 @@ class LeaseReleaser:
             logger.info("%s is gone; request %s needs no abort there", reader.name, request_id)
 
     async def _post(self, endpoint: Endpoint, path: str) -> int:
-        async with self._session.post(URL(endpoint.url + path, encoded=True)) as response:
+        async with self._session.post(URL(endpoint.url + path, encoded=True), allow_redirects=False) as response:
             await response.read()
             return response.status

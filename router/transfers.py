@@ -65,7 +65,7 @@ class TransferRecorder:
             self._on_complete(record)
 
     async def _try_fetch(self, record: RequestRecord, url: URL) -> bool:
-        async with self._session.get(url) as response:
+        async with self._session.get(url, allow_redirects=False) as response:
             if response.status != 200:
                 return False
             told: dict[str, Any] = orjson.loads(await response.read())

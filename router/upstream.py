@@ -31,13 +31,14 @@ def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
         connector=connector,
         auto_decompress=False,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
-        headers={"Accept-Encoding": "identity", **_credentials(settings)},
+        headers=engine_headers(settings),
     )
 
 
-def _credentials(settings: RouterSettings) -> dict[str, str]:
+def engine_headers(settings: RouterSettings) -> dict[str, str]:
+    """What every request to an engine has: no compression, and the engines' API key if they have one."""
     key = settings.engine_key
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
+    return {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
 
 
 @contextmanager
@@ -67,7 +68,8 @@ async def fetch_prompt_ids(session: aiohttp.ClientSession, endpoint: Endpoint, r
     with engine_failures(endpoint):
         async with asyncio.timeout(TOKENIZE_TIMEOUT):
             headers = {"Content-Type": "application/json"}
-            async with session.post(endpoint.url + "/tokenize", data=body, headers=headers) as response:
+            url = endpoint.url + "/tokenize"
+            async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
                 answer = await response.read()
     try:
         tokens: list[int] = orjson.loads(answer)["tokens"]

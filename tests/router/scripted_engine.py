@@ -52,6 +52,7 @@ class ScriptedEngine:
         self.behaviour: Behaviour = answer_prefill if role is Role.PREFILL else answer_decode
         self.seen: list[Seen] = []
         self.health_status = 200
+        self.health_headers: dict[str, str] = {}
         self.can_generate = True  # for health checks; what requests get is the behaviour's
         self.num_probes = 0
         self.probe_delay = 0.0
@@ -119,7 +120,7 @@ class ScriptedEngine:
         if self.num_slow_checks > 0:
             self.num_slow_checks -= 1
             await asyncio.sleep(600)
-        return web.Response(status=self.health_status)
+        return web.Response(status=self.health_status, headers=self.health_headers)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": self.models})

@@ -11,6 +11,7 @@ from router.errors import EngineFailure
 from router.hosts import EngineHosts, is_local, split_patterns
 from router.types import Endpoint, Role
 from tests.router.conftest import StartStack
+from tests.router.running import wait_for
 from tests.router.scripted_engine import KV_PARAMS, ScriptedEngine, status
 
 REMOTE = (
@@ -144,6 +145,14 @@ def test_a_decode_engine_never_hears_of_a_foreign_host(start_stack: StartStack) 
     assert refused.status == 502
     assert "203.0.113.66" in refused.error["message"]
     assert not any("203.0.113.66" in seen.raw.decode() for seen in stack.decode[0].seen)
+
+
+def test_an_engine_can_not_send_the_router_anywhere(start_stack: StartStack) -> None:
+    stack = start_stack(num_decode=2)
+    elsewhere, redirecting = stack.decode
+    redirecting.health_headers = {"Location": f"{elsewhere.url}/health"}
+    redirecting.health_status = 307
+    wait_for(lambda: "status 307" in stack.router.state.pool.engines[2].down_reason)
 
 
 def test_an_allowed_host_passes(start_stack: StartStack) -> None:
