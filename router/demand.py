@@ -60,7 +60,7 @@ class TokenEstimator:
 
 
 def prompt_size(body: JsonObject) -> tuple[int, int]:
-    """(tokens that need no guess, bytes of text) of a body's prompt."""
+    """(tokens that need no guess, bytes of text) of a validated body's prompt."""
     messages = body.get("messages")
     if isinstance(messages, list):
         return MESSAGE_TOKENS * len(messages), sum(_content_bytes(message) for message in messages)
@@ -74,8 +74,8 @@ def prompt_size(body: JsonObject) -> tuple[int, int]:
     if isinstance(prompt[0], int):
         return len(prompt), 0
     if isinstance(prompt[0], str):
-        return 0, sum(_text_bytes(text) for text in prompt if isinstance(text, str))
-    return sum(len(ids) for ids in prompt if isinstance(ids, list)), 0
+        return 0, sum(map(_text_bytes, prompt))
+    return sum(map(len, prompt)), 0
 
 
 def is_plain(body: JsonObject, card: JsonObject) -> bool:

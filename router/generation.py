@@ -85,8 +85,7 @@ class GenerationRoute:
         state.pool.require(request.model, roles)
         card = state.pool.models()[request.model]
         check_length(request, card)
-        if isinstance(self._api, Api):
-            state.pool.chooser.describe(request, _header(headers, state.settings.session_header), card)
+        state.pool.chooser.describe(request, _header(headers, state.settings.session_header), card)
         return request
 
     def _parse(
