@@ -64,11 +64,9 @@ def prompt_size(body: JsonObject) -> tuple[int, int]:
     messages = body.get("messages")
     if isinstance(messages, list):
         return MESSAGE_TOKENS * len(messages), sum(_content_bytes(message) for message in messages)
-    prompt = body.get("prompt", body.get("input"))  # the latter of a response
+    prompt = body.get("prompt")
     if isinstance(prompt, str):
         return 0, _text_bytes(prompt)
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        return MESSAGE_TOKENS * len(prompt), sum(map(_content_bytes, prompt))
     if not isinstance(prompt, list) or not prompt:
         return 0, 0
     if isinstance(prompt[0], int):
