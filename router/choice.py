@@ -13,8 +13,9 @@ from router.demand import TokenEstimator, given_token_ids, is_plain, output_budg
 from router.load import leg_tokens
 from router.policies import load_policies
 from router.prefix import prefix_blocks
+from router.prompt import prompt_fields
 from router.room import with_room
-from router.types import LocalPrefill, Role
+from router.types import Api, LocalPrefill, Role
 
 if TYPE_CHECKING:
     from router.demand import Demand
@@ -45,7 +46,8 @@ class Chooser:
     def describe(self, request: GenerationRequest, session: str | None, card: JsonObject) -> None:
         """Fills in the request's demand from its body, once."""
         demand, body = request.demand, request.body
-        counted, num_bytes = prompt_size(body)
+        prompt = prompt_fields(request.api, body)
+        counted, num_bytes = prompt_size(prompt)
         demand.num_prompt_bytes = num_bytes
         demand.num_prompt_tokens = counted + self._estimator.num_tokens(request.model, num_bytes)
         context = card.get("max_model_len")
@@ -60,9 +62,10 @@ class Chooser:
         if session is None and isinstance(user := body.get("user"), str):
             demand.session = user
         if self.looks_at_prefixes and request.local_prefill is None:
-            demand.prefix, demand.prefix_share = prefix_blocks(request.model, body)
-            demand.is_plain = is_plain(body, card)
-            demand.token_ids = given_token_ids(body) if demand.is_plain else None
+            demand.prefix, demand.prefix_share = prefix_blocks(request.model, prompt)
+            # An engine's /tokenize takes no input of the Responses API.
+            demand.is_plain = request.api is not Api.RESPONSES and is_plain(prompt, card)
+            demand.token_ids = given_token_ids(prompt) if demand.is_plain else None
 
     def counted(self, request: GenerationRequest, num_prompt_tokens: int) -> None:
         """A prefill engine has counted the prompt's tokens: the decode engine is chosen by what is true."""

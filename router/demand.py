@@ -95,9 +95,8 @@ def given_token_ids(body: JsonObject) -> list[int] | None:
 
 def output_budget(body: JsonObject, num_prompt_tokens: int, context: int | None, default: int) -> int:
     """Tokens that one choice may grow by: what the client allows, `default` if it does not say, within the context."""
-    wanted = body.get("max_completion_tokens")
-    if wanted is None:
-        wanted = body.get("max_tokens")
+    names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    wanted = next((body[name] for name in names if body.get(name) is not None), None)
     budget = wanted if isinstance(wanted, int) else default
     return budget if context is None else max(0, min(budget, context - num_prompt_tokens))
 
