@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -86,6 +86,20 @@ class RouterSettings(BaseSettings):
         default=1000, ge=1, description="Finished requests kept for GET /requests/{id}; about 2 KiB each."
     )
 
+    otlp_traces_endpoint: str = Field(
+        default="",
+        description="OTLP collector of traces, such as http://10.0.0.7:4317; without one nothing is traced.",
+    )
+    otlp_traces_protocol: Literal["grpc", "http/protobuf"] = Field(
+        default="grpc", description="grpc as vLLM's default; http/protobuf needs the path in the endpoint (/v1/traces)."
+    )
+    trace_sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of requests that are traced where the client did not decide; every one, as vLLM's.",
+    )
+
     @field_validator("prefill_urls", "decode_urls", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -104,6 +118,13 @@ class RouterSettings(BaseSettings):
         if len(set(cleaned)) != len(cleaned):
             raise ValueError("the same engine is listed twice")
         return cleaned
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _check_collector(cls, url: str) -> str:
+        if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+            raise ValueError(f"a collector is http://host:port, not {url!r}")
+        return url
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -18,6 +19,7 @@ from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.policy import least_loaded
 from router.records import RecordStore
+from router.tracing import make_tracing
 from router.transfers import TransferRecorder
 from router.types import Outcome, Role
 from router.upstream import make_session
@@ -25,6 +27,7 @@ from router.upstream import make_session
 if TYPE_CHECKING:
     from router.lifetime import RequestRecord
     from router.settings import RouterSettings
+    from router.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class RouterState:
     metrics: RouterMetrics
     fleet: Fleet
     transfers: TransferRecorder
+    tracing: Tracing
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -44,7 +48,13 @@ class RouterState:
         if self.settings.record_transfers and record.outcome is Outcome.OK:
             self.transfers.complete(record)
         else:
-            log_request(record)
+            _conclude(self.tracing, record)
+
+
+def _conclude(tracing: Tracing, record: RequestRecord) -> None:
+    """The last thing done for a request: its log line and its spans."""
+    log_request(record)
+    tracing.export(record)
 
 
 @contextlib.asynccontextmanager
@@ -56,14 +66,16 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     registry.register(StateCollector(pool, records))
     async with make_session(settings) as session:
         releaser = LeaseReleaser(session, pool)
-        transfers = TransferRecorder(session, metrics, log_request)
+        tracing = make_tracing(settings)
+        transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
             fleet = Fleet(settings, session, pool, metrics, releaser)
-            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
+            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, tracing)
         finally:
             checks.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await checks
             await transfers.close()
             await releaser.close()
+            await tracing.close()
