@@ -161,4 +161,6 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
-    return answer(RouterError("The router failed. Its log says why."))
+    response = answer(RouterError("The router failed. Its log says why."))
+    response.headers["x-request-id"] = request.state.request_id  # Front is not in the way of this answer
+    return response
