@@ -49,8 +49,11 @@ class GenerationRoute:
     ) -> None:
         try:
             request = await self._accept(state, record, scope, receive)
+            tape = state.guard.watch(request, reply)
             if await run_until_hang_up(Handoff(state.fleet, request, record, reply).run(), receive):
                 record.outcome = Outcome.OK
+                if tape is not None:
+                    state.guard.check(request, record, tape)
             else:
                 _end(record, Outcome.CANCELLED, "the client hung up")
         except ClientGone:

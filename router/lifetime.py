@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from router.comparison import GuardResult
     from router.trace_context import TraceContext, TraceHeaders
     from router.types import Api, Endpoint, LocalPrefill, Outcome, Role
 
@@ -111,6 +112,7 @@ class RequestRecord:
     attempts: list[Attempt] = field(default_factory=list)
     transfer: Transfer | None = None
     trace: TraceContext | None = None
+    guard: GuardResult | None = None  # of a request whose answer was checked
     last: Moment = Moment.RECEIVED
     moments: dict[Moment, float] = field(default_factory=dict)  # unix seconds
     # Moments advance with a clock that never jumps; only their origin is the wall clock.
@@ -193,6 +195,7 @@ class RequestRecord:
             "status": self.status,
             "error": self.logged_error,
             "local_prefill": self.local_prefill,
+            "guard": self.guard,
             "attempts": [
                 {"role": a.endpoint.role, "engine": a.endpoint.name, "outcome": a.outcome} for a in self.attempts
             ],

@@ -100,6 +100,21 @@ class RouterSettings(BaseSettings):
         description="Share of requests that are traced where the client did not decide; every one, as vLLM's.",
     )
 
+    guard_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of greedy requests that one engine alone answers again, to compare; each costs a request.",
+    )
+    guard_concurrency: int = Field(
+        default=1, ge=1, le=64, description="Requests that are repeated at once; one, so that nobody notices."
+    )
+    guard_tie_tolerance: float = Field(
+        default=0.125,
+        ge=0,
+        description="Nats between the two likeliest tokens that count as a tie; two bfloat16 logits near 20 differ so.",
+    )
+
     @field_validator("prefill_urls", "decode_urls", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from router.engines import EnginePool
+from router.guard import make_guard
 from router.handoff import Fleet
 from router.health import HealthChecker
 from router.leases import LeaseReleaser
@@ -25,6 +26,7 @@ from router.types import Outcome, Role
 from router.upstream import make_session
 
 if TYPE_CHECKING:
+    from router.guard import Guard
     from router.lifetime import RequestRecord
     from router.settings import RouterSettings
     from router.tracing import Tracing
@@ -40,6 +42,7 @@ class RouterState:
     fleet: Fleet
     transfers: TransferRecorder
     tracing: Tracing
+    guard: Guard
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -67,15 +70,17 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     async with make_session(settings) as session:
         releaser = LeaseReleaser(session, pool)
         tracing = make_tracing(settings)
+        guard = make_guard(settings, session, pool, registry)
         transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
             fleet = Fleet(settings, session, pool, metrics, releaser)
-            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, tracing)
+            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, tracing, guard)
         finally:
             checks.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await checks
+            await guard.close()
             await transfers.close()
             await releaser.close()
             await tracing.close()
