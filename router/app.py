@@ -19,6 +19,7 @@ from starlette.routing import Route
 from router.errors import InvalidRequest, MethodNotAllowed, NotFound, RouterError, error_body
 from router.front import Front
 from router.generation import GenerationRoute
+from router.live import live_page, status
 from router.logs import configure_logging
 from router.protocol import limited_protocol
 from router.settings import RouterSettings
@@ -39,6 +40,8 @@ def create_app(settings: RouterSettings) -> FastAPI:
     app.add_middleware(Front, max_header_bytes=settings.max_header_bytes)
     for api in Api:
         app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
+    app.add_api_route("/", live_page())
+    app.add_api_route("/status", status)
     app.add_api_route("/v1/models", list_models)
     app.add_api_route("/health", health)
     app.add_api_route("/ready", ready)

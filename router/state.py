@@ -20,6 +20,7 @@ from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.policy import least_loaded
 from router.records import RecordStore
+from router.status import StatusBoard
 from router.tracing import make_tracing
 from router.transfers import TransferRecorder
 from router.types import Outcome, Role
@@ -43,6 +44,7 @@ class RouterState:
     transfers: TransferRecorder
     tracing: Tracing
     guard: Guard
+    board: StatusBoard
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -71,15 +73,17 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         releaser = LeaseReleaser(session, pool)
         tracing = make_tracing(settings)
         guard = make_guard(settings, session, pool, registry)
+        board = StatusBoard(pool, records, guard, session)
         transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
             fleet = Fleet(settings, session, pool, metrics, releaser)
-            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, tracing, guard)
+            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, tracing, guard, board)
         finally:
             checks.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await checks
+            await board.close()
             await guard.close()
             await transfers.close()
             await releaser.close()

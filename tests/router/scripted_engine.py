@@ -54,6 +54,10 @@ class ScriptedEngine:
         self.num_slow_checks = 0  # so many health checks from now on get no answer
         self.models: list[dict[str, Any]] = [{"id": MODEL, "object": "model", "max_model_len": 4096}]
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
+        self.token_parallel: dict[str, Any] | None = None  # None as of stock vLLM
+        self.metrics = ""
+        self.num_looks = 0  # at either
+        self.is_mute = False  # looks get no answer
         self.transfers: dict[str, dict[str, Any]] = {}
         self.port = 0
         self._runner: web.AppRunner | None = None
@@ -82,7 +86,9 @@ class ScriptedEngine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
+        app.router.add_get("/token_parallel", self._ranks)
         app.router.add_get("/token_parallel/requests/{id}", self._transfer)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
@@ -107,6 +113,16 @@ class ScriptedEngine:
 
     async def _kv_traits(self, request: web.Request) -> web.Response:
         return web.json_response(self.kv_traits, status=404 if self.kv_traits is None else 200)
+
+    async def _ranks(self, request: web.Request) -> web.Response:
+        self.num_looks += 1
+        if self.is_mute:
+            await asyncio.sleep(600)
+        return web.json_response(self.token_parallel or {}, status=404 if self.token_parallel is None else 200)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        self.num_looks += 1
+        return web.Response(text=self.metrics)
 
     async def _transfer(self, request: web.Request) -> web.Response:
         told = self.transfers.get(request.match_info["id"])

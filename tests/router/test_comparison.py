@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import orjson
 import pytest
 
@@ -53,14 +55,14 @@ def test_tokens_that_are_no_text_are_not_searched() -> None:
     assert compare("x", Answer("y"), TOLERANCE) == Verdict(GuardResult.DIFFERENT, 0)
 
 
-def events(*choices: dict[str, object]) -> bytes:
+def events(*choices: Any) -> bytes:
     lines = [b"data: " + orjson.dumps({"choices": [choice]}) for choice in choices]
     return b"\r\n\r\n".join([b": ping", *lines, b'data: {"choices":[],"usage":{}}', b"data: [DONE]", b""])
 
 
 def test_texts_of_both_apis_streamed_and_whole() -> None:
     assert streamed_text(Api.COMPLETIONS, events({"text": "a"}, {"text": " b"})) == "a b"
-    pieces: list[dict[str, object]] = [
+    pieces = [
         {"role": "assistant", "content": ""},
         {"reasoning": "hm"},
         {"content": "yes"},
