@@ -94,10 +94,10 @@ class RouterSettings(BaseSettings):
         default="grpc", description="grpc as vLLM's default; http/protobuf needs the path in the endpoint (/v1/traces)."
     )
     trace_sample_ratio: float = Field(
-        default=1.0,
+        default=0.1,
         ge=0,
         le=1,
-        description="Share of requests that are traced where the client did not decide; every one, as vLLM's.",
+        description="Share of requests traced where the client did not decide; one costs the router 0.2 ms of CPU.",
     )
 
     guard_share: float = Field(

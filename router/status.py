@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CACHE_SECONDS = 1.0  # however many pages are open, the state is read once in that time
 POLL_SECONDS = 2.0  # between two looks at the engines
 POLL_TIMEOUT = 1.0  # s; an engine that does not answer in time shows no KV, and holds nobody up
-MAX_RECORDS = 500  # read for rates and times; about 2 ms
+MAX_RECORDS = 250  # read for rates and times; about 1.5 ms
 RATE_SECONDS = 10.0  # requests that ended in this time make the rates,
 TIMES_SECONDS = 300.0  # and those of this time the percentiles
 

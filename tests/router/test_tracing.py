@@ -26,7 +26,7 @@ def collector() -> Iterator[Collector]:
 
 
 def traced(start_stack: StartStack, collector: Collector, **settings: Any) -> Stack:
-    return start_stack(otlp_traces_endpoint=collector.url, **settings)
+    return start_stack(**{"otlp_traces_endpoint": collector.url, "trace_sample_ratio": 1.0, **settings})
 
 
 def wait_for_request(collector: Collector) -> Any:
