@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
 
-from tests.e2e.processes import start_decode, start_prefill, wait_for
+from services.vllm_server import free_port
+from tests.e2e.processes import ENGINE_OPTIONS, Service, start_router, tknp, wait_for
 from tests.e2e.stack import Stack, running
 from tests.e2e.suite import Ask, completion, conversations, tokens
 from tests.router.collector import Collector, grpc_collector
+from tknp.tiny_model import make_tiny_model
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 WAIT = 30.0  # s; vLLM exports every 5 s
@@ -24,9 +26,34 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def stack(models: Callable[[str], Path], log_dir: Path, collector: Collector) -> Iterator[Stack]:
-    model, traces = models("llama"), f"--otlp-traces-endpoint={collector.url}"
-    prefill, decode = start_prefill(model, log_dir, traces), start_decode(model, log_dir, 2, traces)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders with a model of one name and shape, but other weights: no check of engines tells them apart."""
+    found = tmp_path_factory.mktemp("right"), tmp_path_factory.mktemp("wrong")
+    for seed, folder in enumerate(found):
+        make_tiny_model(folder / "model", seed=seed)
+    return found
+
+
+def start(kind: str, folder: Path, log_dir: Path, name: str, *options: str) -> Service:
+    port = free_port()
+    command = tknp(kind, "./model", "--port", str(port), *ENGINE_OPTIONS, *options)
+    return Service(name, ["env", f"--chdir={folder}", *command], log_dir, port)
+
+
+@pytest.fixture(scope="module")
+def wrong_prefill(folders: tuple[Path, Path], log_dir: Path) -> Iterator[Service]:
+    engine = start("prefill", folders[1], log_dir, "wrong-prefill")
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(scope="module")
+def stack(folders: tuple[Path, Path], log_dir: Path, collector: Collector, wrong_prefill: Service) -> Iterator[Stack]:
+    traces = f"--otlp-traces-endpoint={collector.url}"
+    prefill = start("prefill", folders[0], log_dir, "prefill", traces)
+    decode = start("decode", folders[0], log_dir, "decode", "--token-parallel-size=2", traces)
     with running(prefill, decode, log_dir, traces, "--guard-share=1", "--trace-sample-ratio=0") as stack:
         yield stack
 
@@ -72,6 +99,24 @@ def test_the_guard_finds_real_answers_equal(stack: Stack) -> None:
     wait_for(done, WAIT, "the guard's verdicts")
     for result in ("different", "failed", "skipped"):
         assert stack.router.metric("tknp_guard_requests_total", result=result) == 0, result
+    stack.wait_idle()
+
+
+def test_the_guard_finds_kv_of_other_weights(stack: Stack, wrong_prefill: Service, tmp_path: Path) -> None:
+    wrong_prefill.wait_ready()
+    router = start_router(tmp_path, [wrong_prefill], [stack.decode], "--guard-share=1")
+    try:
+        router.wait_ready("/ready")
+        for seed in range(4):
+            ask = greedy(200, 500 + seed)
+            assert router.post(ask.path, {**ask.body, "return_token_ids": False}).status_code == 200
+        wait_for(lambda: router.metric("tknp_guard_requests_total") == 4, WAIT, "the guard's verdicts")
+        assert router.metric("tknp_guard_requests_total", result="different") >= 3, "one may be right by chance"
+        assert "two answers to one greedy request part" in router.tail()
+        shown = router.get("/status")["guard"]
+        assert shown["counts"]["different"] >= 3
+    finally:
+        router.stop()
     stack.wait_idle()
 
 
