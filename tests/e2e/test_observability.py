@@ -1,4 +1,4 @@
-"""What can be seen of real engines from outside: traces that reach through them, the guard's verdicts, the live page."""
+"""What can be seen of real engines from outside: traces that reach through them, the guard, the live page."""
 
 from __future__ import annotations
 
