@@ -11,7 +11,7 @@ from http import HTTPStatus
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -40,7 +40,7 @@ def create_app(settings: RouterSettings) -> FastAPI:
     app.add_middleware(Front, max_header_bytes=settings.max_header_bytes)
     for api in Api:
         app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
-    app.add_api_route("/", live_page())
+    app.add_api_route("/", live_page(), response_class=HTMLResponse)
     app.add_api_route("/status", status)
     app.add_api_route("/v1/models", list_models)
     app.add_api_route("/health", health)
