@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -25,6 +25,7 @@ from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFo
 from router.front import Front
 from router.gate import PROBES, Gate, caller_of
 from router.generation import GenerationRoute
+from router.live import live_page, status
 from router.logs import configure_logging
 from router.openapi import (
     STORED_RESPONSES,
@@ -81,6 +82,8 @@ def add_api_routes(app: FastAPI) -> None:
     """Everything that is not hot. The models are for the schema: what is answered is not checked again."""
     for path, methods in STORED_RESPONSES.items():
         app.router.routes.append(Route(path, stored_response, methods=list(methods)))
+    app.add_api_route("/", live_page(), response_class=HTMLResponse, responses=errors())
+    app.add_api_route("/status", status, responses=errors(403))
     app.add_api_route("/v1/models", list_models, responses={**errors(), 200: {"model": ModelList}})
     app.add_api_route("/v1/models/{model:path}", retrieve_model, responses={**errors(404), 200: {"model": Model}})
     app.add_api_route("/health", health, responses={**errors(), 200: {"model": Health}})
@@ -237,4 +240,6 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_unexpected(request: Request, error: Exception) -> Response:
-    return answer(RouterError("The router failed. Its log says why."))
+    response = answer(RouterError("The router failed. Its log says why."))
+    response.headers["x-request-id"] = request.state.request_id  # Front is not in the way of this answer
+    return response

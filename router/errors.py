@@ -22,10 +22,11 @@ class RouterError(Exception):
     outcome = Outcome.FAILED
     closes_connection = False  # a body that was not read to its end leaves no place for another request
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, logged: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.logged = logged or message  # the same without what it quotes: logs hold nothing of the client's text
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -153,7 +154,8 @@ class EngineRejected(RouterError):
     type, code, outcome = "invalid_request_error", "engine_rejected", Outcome.REJECTED
 
     def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(f"The engine refused the request with status {status}: {body[:500].decode(errors='replace')}")
+        refusal = f"The engine refused the request with status {status}"
+        super().__init__(f"{refusal}: {body[:500].decode(errors='replace')}", logged=f"{refusal}.")
         self.status = status
         self.body = body
 
@@ -170,8 +172,12 @@ class FailureKind(StrEnum):
 class EngineFailure(RouterError):
     """An engine did not do its part. Another one may; when none is left, the client reads this as 502 or 504."""
 
-    def __init__(self, endpoint: Endpoint, kind: FailureKind, detail: str) -> None:
-        super().__init__(f"The {endpoint.role} engine {endpoint.name} failed: {detail}. Please retry the request.")
+    def __init__(self, endpoint: Endpoint, kind: FailureKind, detail: str, quoted: str = "") -> None:
+        """`quoted` is text of the engine's, which may hold the client's: only the client reads it."""
+        failed = f"The {endpoint.role} engine {endpoint.name} failed: {detail}"
+        super().__init__(
+            f"{failed}{quoted and f': {quoted}'}. Please retry the request.", logged=f"{failed}." if quoted else None
+        )
         self.endpoint = endpoint
         self.kind = kind
         self.detail = detail

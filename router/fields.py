@@ -17,7 +17,7 @@ INT64 = 2**63
 def refuse(param: str, must: str, value: Any) -> NoReturn:
     shown = reprlib.repr(value)  # which does not write out millions of tokens to cut them off again
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    raise InvalidRequest(f"{param} must be {must}, not {shown}.", param=param)
+    raise InvalidRequest(f"{param} must be {must}, not {shown}.", param=param, logged=f"{param} must be {must}.")
 
 
 def check_int(body: JsonObject, name: str, low: int, high: int = INT64 - 1) -> int | None:

@@ -53,15 +53,18 @@ class GenerationRoute:
         try:
             terms = read_terms(scope)
             request = await self._accept(state, record, scope, receive)
+            tape = state.guard.watch(request, reply)
             work = partial(self._serve, state, request, record, reply)
             if await run_until_hang_up(state.admission.run(work, terms, record, reply), receive):
                 record.outcome = Outcome.OK
+                if tape is not None:
+                    state.guard.check(request, record, tape)
             else:
                 _end(record, Outcome.CANCELLED, "the client hung up")
         except ClientGone:
             _end(record, Outcome.CANCELLED, "the client hung up while it sent its body")
         except RouterError as error:
-            _end(record, error.outcome, error.message)
+            _end(record, error.outcome, error.logged)
             if error.outcome is not Outcome.CANCELLED:
                 await reply.fail(error)
         except asyncio.CancelledError:
@@ -79,6 +82,7 @@ class GenerationRoute:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         raw = await read_body(headers, receive, state.settings.max_body_bytes, state.settings.body_timeout)
         trace = tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
+        record.trace = state.tracing.begin(trace)
         request = self._parse(state, raw, record.id, trace)
         record.model, record.stream, record.local_prefill = request.model, request.stream, request.local_prefill
         roles = (Role.DECODE,) if request.local_prefill else tuple(Role)

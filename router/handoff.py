@@ -154,7 +154,7 @@ class Handoff:
         with self._leg(engine), engine_failures(endpoint):
             async with asyncio.timeout(self._fleet.settings.prefill_timeout):
                 self._mark(Moment.PREFILL_SENT)
-                response = await post(self._fleet.session, endpoint, self._request, body)
+                response = await post(self._fleet.session, endpoint, self._request, body, self._record.leg_headers())
                 async with response:
                     answer = await response.read()
             try:
@@ -209,7 +209,7 @@ class Handoff:
                 settings.first_token_timeout if stream else settings.generation_timeout
             ) as limit:
                 self._mark(Moment.DECODE_SENT)
-                response = await post(self._fleet.session, endpoint, self._request, body)
+                response = await post(self._fleet.session, endpoint, self._request, body, self._record.leg_headers())
                 try:
                     if not stream:
                         await relay_whole(response, endpoint, self._reply, self._record)
@@ -254,5 +254,5 @@ class Handoff:
             outcome = error.outcome
             raise
         finally:
-            attempt.outcome = outcome
+            attempt.finish(outcome)
             self._fleet.metrics.leg_ended(engine, outcome)

@@ -7,7 +7,7 @@
 
 A request that has to wait for its turn passes queued and admitted after received. `failed` or `cancelled` replaces
 whatever had not happened yet. A local prefill skips prefill_sent and prefill_done; an answer that is not streamed has
-no first_token. After a retry the moments are those of the last attempt.
+no first_token. After a retry the moments are those of the last attempt; each attempt keeps its own begin and end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from typing import TYPE_CHECKING, Any
 from router.callers import ANONYMOUS, Caller
 
 if TYPE_CHECKING:
+    from router.comparison import GuardResult
+    from router.trace_context import TraceContext, TraceHeaders
     from router.types import Api, Endpoint, LocalPrefill, Outcome, Role, Task
+
+MAX_LOGGED_CHARS = 300  # of a text that a client chose or an engine sent
 
 
 class Moment(StrEnum):
@@ -48,9 +52,11 @@ class Phase(StrEnum):
     TRANSFER = "transfer"
     FIRST_TOKEN = "first_token"  # decode engine: queue, transfer, first step
     DECODE = "decode"
+    ANSWER = "answer"  # of a request that is not streamed: the whole decode leg
     TOTAL = "total"
 
 
+# The route phase ends with the first leg, which is the decode leg's where there is no prefill leg.
 BOUNDS: dict[Phase, tuple[Moment, Moment]] = {
     Phase.ROUTE: (Moment.RECEIVED, Moment.PREFILL_SENT),
     Phase.QUEUE: (Moment.QUEUED, Moment.ADMITTED),
@@ -59,6 +65,7 @@ BOUNDS: dict[Phase, tuple[Moment, Moment]] = {
     Phase.TRANSFER: (Moment.TRANSFER_BEGIN, Moment.TRANSFER_END),
     Phase.FIRST_TOKEN: (Moment.DECODE_SENT, Moment.FIRST_TOKEN),
     Phase.DECODE: (Moment.FIRST_TOKEN, Moment.LAST_TOKEN),
+    Phase.ANSWER: (Moment.DECODE_SENT, Moment.LAST_TOKEN),
     Phase.TOTAL: (Moment.RECEIVED, Moment.LAST_TOKEN),
 }
 
@@ -80,6 +87,12 @@ class Attempt:
 
     endpoint: Endpoint
     outcome: Outcome | None = None
+    begin: float = field(default_factory=time.perf_counter)  # s by time.perf_counter
+    end: float | None = None
+
+    def finish(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.end = time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +115,14 @@ class RequestRecord:
     stream: bool = False
     local_prefill: LocalPrefill | None = None
     outcome: Outcome | None = None
-    error: str | None = None
+    error: str | None = None  # for the log: without anything of the client's text
     status: int | None = None
     num_chunks: int = 0
     num_continuations: int = 0  # times that another engine went on with the stream
     attempts: list[Attempt] = field(default_factory=list)
     transfer: Transfer | None = None
+    trace: TraceContext | None = None
+    guard: GuardResult | None = None  # of a request whose answer was checked
     last: Moment = Moment.RECEIVED
     moments: dict[Moment, float] = field(default_factory=dict)  # unix seconds
     # Moments advance with a clock that never jumps; only their origin is the wall clock.
@@ -136,10 +151,43 @@ class RequestRecord:
             return None
         return max(0.0, self.moments[end] - self.moments[begin])
 
+    def phase_bounds(self) -> dict[Phase, tuple[Moment, Moment]]:
+        """The phases that the request went through, and between which of its moments."""
+        passed = self.moments
+        found = {phase: bounds for phase, bounds in BOUNDS.items() if bounds[0] in passed and bounds[1] in passed}
+        if Moment.FIRST_TOKEN in passed:
+            found.pop(Phase.ANSWER, None)
+        if Moment.PREFILL_SENT not in passed and Moment.DECODE_SENT in passed:
+            found[Phase.ROUTE] = (BOUNDS[Phase.ROUTE][0], Moment.DECODE_SENT)
+        return found
+
     def phases(self) -> dict[Phase, float]:
         """Seconds of each phase that the request went through."""
-        spans = {phase: self.between(*bounds) for phase, bounds in BOUNDS.items()}
-        return {phase: seconds for phase, seconds in spans.items() if seconds is not None}
+        return {
+            phase: max(0.0, self.moments[end] - self.moments[begin])
+            for phase, (begin, end) in self.phase_bounds().items()
+        }
+
+    def wall_time(self, at: float) -> float:
+        """A reading of time.perf_counter in unix seconds."""
+        return at + self._offset
+
+    @property
+    def ended_at(self) -> float:
+        """Unix seconds of the last moment of a request that ended."""
+        return self.moments[self.last]
+
+    @property
+    def logged_model(self) -> str | None:
+        return self.model and self.model[:MAX_LOGGED_CHARS]
+
+    @property
+    def logged_error(self) -> str | None:
+        return self.error and self.error[:MAX_LOGGED_CHARS]
+
+    def leg_headers(self) -> TraceHeaders:
+        """The trace headers of the leg that was begun last; empty if this router does not trace."""
+        return self.trace.leg_headers(len(self.attempts) - 1) if self.trace is not None else ()
 
     def is_visible_to(self, caller: Caller) -> bool:
         return caller.is_admin or caller.id == self.caller.id
@@ -152,14 +200,16 @@ class RequestRecord:
         """What the log line and GET /requests/{id} hold."""
         return {
             "request_id": self.id,
+            "trace_id": self.trace and f"{self.trace.trace_id:032x}",
             "endpoint": self.api,
             "key": self.caller.name,
-            "model": self.model,
+            "model": self.logged_model,
             "stream": self.stream,
             "outcome": self.outcome,
             "status": self.status,
-            "error": self.error,
+            "error": self.logged_error,
             "local_prefill": self.local_prefill,
+            "guard": self.guard,
             "attempts": [
                 {"role": a.endpoint.role, "engine": a.endpoint.name, "outcome": a.outcome} for a in self.attempts
             ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class RecordStore:
 
     def get(self, request_id: str) -> RequestRecord | None:
         return self._in_flight.get(request_id) or self._finished.get(request_id)
+
+    def recent(self, num: int) -> list[RequestRecord]:
+        """The last requests that ended, the newest first."""
+        return list(islice(reversed(self._finished.values()), num))
 
     def in_flight(self) -> list[RequestRecord]:
         """A copy, safe to walk from another thread."""

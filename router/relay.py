@@ -136,4 +136,4 @@ class StreamRelay:
             code, message = None, "unreadable"
         if isinstance(code, int) and 400 <= code < 500:
             return EngineRejected(code, raw)
-        return EngineFailure(self._endpoint, FailureKind.STATUS, f"it reported: {message[:300]}")
+        return EngineFailure(self._endpoint, FailureKind.STATUS, "it reported an error", message[:300])

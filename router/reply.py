@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from router.errors import error_body, error_event
 
 if TYPE_CHECKING:
-    from starlette.types import Send
+    from collections.abc import Callable
+
+    from starlette.types import Message, Send
 
     from router.errors import RouterError
 
@@ -59,6 +61,17 @@ class Reply:
             return
         await self.chunk(error_event(error, self._has_named_events))
         await self.end_stream()
+
+    def tee(self, keep: Callable[[bytes], None]) -> None:
+        """From now on shows `keep` every part of the answer's body as it is sent."""
+        send = self._send
+
+        async def send_and_keep(message: Message) -> None:
+            if body := message.get("body"):
+                keep(body)
+            await send(message)
+
+        self._send = send_and_keep
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
@@ -278,6 +278,35 @@ class RouterSettings(BaseSettings):
         description="Other names of models, as alias=model,...; the answers name the model. None: clients name models.",
     )
 
+    otlp_traces_endpoint: str = Field(
+        default="",
+        description="OTLP collector of traces, such as http://10.0.0.7:4317; without one nothing is traced.",
+    )
+    otlp_traces_protocol: Literal["grpc", "http/protobuf"] = Field(
+        default="grpc", description="grpc as vLLM's default; http/protobuf needs the path in the endpoint (/v1/traces)."
+    )
+    trace_sample_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of requests traced where the client did not decide; one costs the router 0.2 ms of CPU.",
+    )
+
+    guard_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of greedy requests that one engine alone answers again, to compare; each costs a request.",
+    )
+    guard_concurrency: int = Field(
+        default=1, ge=1, le=64, description="Requests that are repeated at once; one, so that nobody notices."
+    )
+    guard_tie_tolerance: float = Field(
+        default=0.125,
+        ge=0,
+        description="Nats between the two likeliest tokens that count as a tie; two bfloat16 logits near 20 differ so.",
+    )
+
     @field_validator("prefill_urls", "decode_urls", "cors_allowed_origins", "allowed_engine_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -306,6 +335,13 @@ class RouterSettings(BaseSettings):
         if not all(alias.strip() and model.strip() for alias, _, model in pairs):
             raise ValueError(f"an alias is name=model, several are separated by commas, not {value!r}")
         return {alias.strip(): model.strip() for alias, _, model in pairs}
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _check_collector(cls, url: str) -> str:
+        if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+            raise ValueError(f"a collector is http://host:port, not {url!r}")
+        return url
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

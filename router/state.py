@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -15,6 +16,7 @@ from router.admission import Admission
 from router.admission_metrics import AdmissionCollector, AdmissionMetrics
 from router.choice import Chooser
 from router.engines import EnginePool
+from router.guard import make_guard
 from router.handoff import Fleet
 from router.health import HealthChecker
 from router.hosts import EngineHosts
@@ -26,14 +28,18 @@ from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.records import RecordStore
 from router.retries import RetryBudget
+from router.status import StatusBoard
 from router.token_ids import PromptTokenizer
+from router.tracing import make_tracing
 from router.transfers import TransferRecorder
 from router.types import Api, Outcome
 from router.upstream import make_session
 
 if TYPE_CHECKING:
+    from router.guard import Guard
     from router.lifetime import RequestRecord
     from router.settings import RouterSettings
+    from router.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -47,6 +53,9 @@ class RouterState:
     transfers: TransferRecorder
     access: Access
     admission: Admission
+    tracing: Tracing
+    guard: Guard
+    board: StatusBoard
     is_draining: bool = False  # /ready says no; requests are still taken
 
     def finish(self, record: RequestRecord) -> None:
@@ -56,7 +65,13 @@ class RouterState:
         if self.settings.record_transfers and record.outcome is Outcome.OK and isinstance(record.api, Api):
             self.transfers.complete(record)
         else:
-            log_request(record)
+            _conclude(self.tracing, record)
+
+
+def _conclude(tracing: Tracing, record: RequestRecord) -> None:
+    """The last thing done for a request: its log line and its spans."""
+    log_request(record)
+    tracing.export(record)
 
 
 @contextlib.asynccontextmanager
@@ -73,7 +88,10 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     registry.register(AdmissionCollector(admission))
     async with access.keys_from(settings.api_keys_file), make_session(settings) as session:
         releaser = LeaseReleaser(session, metrics)
-        transfers = TransferRecorder(session, metrics, log_request)
+        tracing = make_tracing(settings)
+        guard = make_guard(settings, session, pool, registry)
+        board = StatusBoard(pool, records, guard, session)
+        transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         watchers = [
             asyncio.create_task(watcher.run())
             for watcher in (
@@ -83,16 +101,27 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
             )
         ]
         try:
-            budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
-            tokenizer = PromptTokenizer(pool, session)
-            hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
-            fleet = Fleet(settings, session, pool, metrics, releaser, budget, tokenizer, hosts)
-            yield RouterState(settings, registry, pool, records, metrics, fleet, transfers, access, admission)
+            fleet = Fleet(
+                settings,
+                session,
+                pool,
+                metrics,
+                releaser,
+                RetryBudget(settings.retry_ratio, settings.retry_reserve),
+                PromptTokenizer(pool, session),
+                EngineHosts(settings.endpoints, settings.allowed_engine_hosts),
+            )
+            yield RouterState(
+                settings, registry, pool, records, metrics, fleet, transfers, access, admission, tracing, guard, board
+            )
         finally:
             for watcher in watchers:
                 watcher.cancel()
             for watcher in watchers:
                 with contextlib.suppress(asyncio.CancelledError):
                     await watcher
+            await board.close()
+            await guard.close()
             await transfers.close()
             await releaser.close()
+            await tracing.close()

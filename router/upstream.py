@@ -15,6 +15,7 @@ from router.errors import EngineFailure, EngineRejected, FailureKind
 
 if TYPE_CHECKING:
     from router.settings import RouterSettings
+    from router.trace_context import TraceHeaders
     from router.types import Endpoint, GenerationRequest
 
 TOKENIZE_TIMEOUT = 10.0  # s; a client is waiting in mid-stream
@@ -80,13 +81,23 @@ async def fetch_prompt_ids(session: aiohttp.ClientSession, endpoint: Endpoint, r
 
 
 async def post(
-    session: aiohttp.ClientSession, endpoint: Endpoint, request: GenerationRequest, body: bytes
+    session: aiohttp.ClientSession,
+    endpoint: Endpoint,
+    request: GenerationRequest,
+    body: bytes,
+    trace_headers: TraceHeaders = (),
 ) -> aiohttp.ClientResponse:
     """The engine's 200, its body not read yet. Raises EngineFailure or EngineRejected for every other answer.
 
+    `trace_headers` are this leg's; without them the client's own go to the engine.
+
     Cancelling closes the connection, which makes vLLM abort the request.
     """
-    headers = {"Content-Type": "application/json", "X-Request-Id": request.id, **dict(request.trace_headers)}
+    headers = {
+        "Content-Type": "application/json",
+        "X-Request-Id": request.id,
+        **dict(trace_headers or request.trace_headers),
+    }
     response = await session.post(endpoint.url + request.api, data=body, headers=headers, allow_redirects=False)
     if response.status == 200:
         return response

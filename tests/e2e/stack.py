@@ -59,9 +59,9 @@ class Stack:
 
 
 @contextmanager
-def running(prefill: Service, decode: Service, log_dir: Path) -> Iterator[Stack]:
+def running(prefill: Service, decode: Service, log_dir: Path, *router_options: str) -> Iterator[Stack]:
     """The engines, which are starting, with a router in front; all are stopped in the end."""
-    router = start_router(log_dir, [prefill], [decode])
+    router = start_router(log_dir, [prefill], [decode], *router_options)
     try:
         for engine in (prefill, decode):
             engine.wait_ready()

@@ -63,6 +63,9 @@ class ScriptedEngine:
         self.num_slow_checks = 0  # so many health checks from now on get no answer
         self.models: list[dict[str, Any]] = [{"id": MODEL, "object": "model", "max_model_len": 4096}]
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
+        self.token_parallel: dict[str, Any] | None = None  # None as of stock vLLM
+        self.num_looks = 0  # at either
+        self.is_mute = False  # looks get no answer
         self.transfers: dict[str, dict[str, Any]] = {}
         self.ranks: list[dict[str, Any]] | None = None  # None as of an engine without GET /token_parallel
         self.ranks_delay = 0.0  # s, before it tells them
@@ -96,8 +99,8 @@ class ScriptedEngine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
-        app.router.add_get("/token_parallel/requests/{id}", self._transfer)
         app.router.add_get("/token_parallel", self._ranks)
+        app.router.add_get("/token_parallel/requests/{id}", self._transfer)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/kv_events", self._kv_events)
         app.router.add_post("/requests/{id}/abort", self._abort)
@@ -129,10 +132,15 @@ class ScriptedEngine:
         return web.json_response(self.kv_traits, status=404 if self.kv_traits is None else 200)
 
     async def _ranks(self, request: web.Request) -> web.Response:
+        self.num_looks += 1
+        if self.is_mute:
+            await asyncio.sleep(600)
         await asyncio.sleep(self.ranks_delay)
-        return web.json_response({"ranks": self.ranks}, status=404 if self.ranks is None else 200)
+        told = {"ranks": self.ranks} if self.ranks is not None else self.token_parallel
+        return web.json_response(told or {}, status=404 if told is None else 200)
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        self.num_looks += 1
         return web.Response(text=self.metrics_text)
 
     async def _kv_events(self, request: web.Request) -> web.Response:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from openai import APIError, NotFoundError, OpenAI
 
+from router.records import RecordStore
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
-from tests.router.scripted_engine import KV_PARAMS, MODEL, NUM_CHUNKS, chunk, raw_stream
+from tests.router.scripted_engine import KV_PARAMS, MODEL, NUM_CHUNKS, chunk, raw_stream, status
 
 
 def test_a_completion_takes_both_legs_with_one_id(stack: Stack) -> None:
@@ -136,3 +137,20 @@ def test_health_needs_no_engine(start_stack: StartStack) -> None:
     assert stack.router.call("GET", "/health").json() == {"status": "ok"}
     assert stack.router.call("GET", "/ready").json()["missing"] == ["no decode engine is up"]
     assert stack.router.call("GET", "/v1/models").json() == {"object": "list", "data": []}
+
+
+def test_every_kind_of_error_bears_the_id(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: RecordStore, request_id: str) -> None:
+        raise RuntimeError("scripted")
+
+    router, headers = stack.router, {"X-Request-Id": "mine"}
+    stack.decode[0].behaviour = status(400)
+    answers = [
+        router.complete(headers),
+        router.complete(headers, max_tokens=-1),
+        router.call("GET", "/no", None, headers),
+    ]
+    monkeypatch.setattr(RecordStore, "get", fail)
+    answers.append(router.call("GET", "/requests/x", None, headers))
+    assert [answer.status for answer in answers] == [400, 400, 404, 500]
+    assert {answer.headers["x-request-id"] for answer in answers} == {"mine"}
