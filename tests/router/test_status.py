@@ -45,7 +45,7 @@ def test_times_of_the_hand_over() -> None:
     found = times([ended(100.0), ended(50.0), ended(10.0, Outcome.FAILED)])
     assert found["hand_over"] == {"p50": 0.15, "p95": 0.15, "count": 2}
     assert found["time_to_first_token"]["p50"] == pytest.approx(0.6)
-    assert {phase.value for phase in Phase} - {"answer"} == found.keys() - {"hand_over", "time_to_first_token"}
+    assert {phase.value for phase in Phase} - {"answer", "queue"} == found.keys() - {"hand_over", "time_to_first_token"}
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 50), (0.95, 95), (1.0, 100), (0.001, 1)])
