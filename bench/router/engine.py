@@ -143,6 +143,9 @@ class EngineConnection(asyncio.Protocol):
             self._answer(head, body)
 
     def _answer(self, head: bytes, body: bytes) -> None:
+        if not head.endswith(b" HTTP/1.1", 0, head.find(b"\r\n") if b"\r\n" in head else len(head)):
+            self._transport.close()  # a router tries whether this is HTTP/2
+            return
         if not head.startswith(b"POST /v1/"):
             self._transport.write(self._told(head))
             return

@@ -23,7 +23,7 @@ from bench.router.report import FAST, FEW, PACED
 from tknp import __version__
 
 STREAMS_PER_SECOND = 250.0
-"""Of paced loads: what the slowest of the routers still serves at every number of streams."""
+"""Of paced loads, at most: a quarter to a half of what one core of our router does."""
 COST_CONCURRENCY = 64
 """Streams at once where the CPU of a request and of a chunk are told apart."""
 
@@ -50,8 +50,8 @@ class Plan:
     def loads(self) -> Iterator[Load]:
         cost = COST_CONCURRENCY if COST_CONCURRENCY in self.concurrencies else self.concurrencies[-1]
         for concurrency in self.concurrencies:
-            # One stream at a time can't reach the rate; its events then come 2 ms apart.
-            period = max(concurrency / STREAMS_PER_SECOND, 0.002 * self.num_events)
+            # Few streams don't reach the rate: one at a time gets its events 2 ms apart, others last half a second.
+            period = max(concurrency / STREAMS_PER_SECOND, 0.5) if concurrency > 1 else 0.002 * self.num_events
             yield Load(FAST, concurrency, 8, self.seconds)
             yield Load(PACED, concurrency, self.num_events, self.seconds, period)
             if concurrency == cost:
