@@ -44,7 +44,9 @@ def decode(
 
 @app.command()
 def router(
-    streams: Annotated[list[int], typer.Option(min=1, help="Streams at once; give it several times.")] = [1, 64, 512, 2000],  # noqa: B006
+    streams: Annotated[
+        list[int], typer.Option(min=1, help="Streams at once; give it several times.", show_default="1, 64, 512, 2000")
+    ] = [],
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each load; medians and their spread are kept.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each load, at least.")] = 3.0,
     name: Annotated[
@@ -69,7 +71,8 @@ def router(
     from bench.router.report import record, rows, table
     from bench.router.run import Comparison, Plan, compare
 
-    plan = Plan.quick() if quick else Plan(tuple(streams), repeats, seconds, routers=tuple(name), modes=tuple(mode))
+    plan = Plan(repeats=repeats, seconds=seconds, routers=tuple(name), modes=tuple(mode))
+    plan = Plan.quick() if quick else replace(plan, concurrencies=tuple(streams) or plan.concurrencies)
     plan = replace(plan, our_options=tuple(shlex.split(router_args)), peers_dir=peers_dir, log_dir=log_dir)
 
     def keep(known: Comparison) -> None:

@@ -44,7 +44,14 @@ def _event() -> tuple[bytes, bytes]:
             "created": 1_700_000_000,
             "model": MODEL,
             "choices": [
-                {"index": 0, "text": "@", "logprobs": None, "finish_reason": None, "stop_reason": None, "token_ids": None}
+                {
+                    "index": 0,
+                    "text": "@",
+                    "logprobs": None,
+                    "finish_reason": None,
+                    "stop_reason": None,
+                    "token_ids": None,
+                }
             ],
             "usage": None,
         }
@@ -58,7 +65,9 @@ _EVENT_BYTES = len(_BEFORE) + MOMENT_DIGITS + len(_AFTER)
 _CHUNK_BEFORE = b"%x\r\n" % _EVENT_BYTES + _BEFORE
 _CHUNK_AFTER = _AFTER + b"\r\n"
 _DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
-_STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
 
 
 def _whole(content: Any, status: bytes = b"200 OK") -> bytes:
@@ -81,7 +90,13 @@ _PREFILLED = _whole({**_ANSWER, "kv_transfer_params": _KV_TRANSFER_PARAMS})
 _ANSWERED = _whole(_ANSWER)
 _MODELS = _whole({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 131_072}]})
 _TRANSFER = _whole(
-    {"rank": 0, "kv_bytes": 4096, "num_transfers": 1, "transfer_begin": 1_700_000_000.0, "transfer_end": 1_700_000_000.1}
+    {
+        "rank": 0,
+        "kv_bytes": 4096,
+        "num_transfers": 1,
+        "transfer_begin": 1_700_000_000.0,
+        "transfer_end": 1_700_000_000.1,
+    }
 )
 _HEALTHY = _whole({"status": "ok", "model_path": MODEL, "served_model_name": MODEL})
 _MISSING = _whole({"detail": "Not Found"}, b"404 Not Found")

@@ -91,8 +91,8 @@ def request_body(mode: Mode, num_events: int, stream: bool = True) -> bytes:
 
 def request_bytes(mode: Mode, num_events: int) -> bytes:
     body = request_body(mode, num_events)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % len(body) + body
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
 
 
 async def run_load(

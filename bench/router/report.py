@@ -69,9 +69,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
     order = list(dict.fromkeys(key(r) for r in routed))
     found = {k: list(g) for k, g in groupby(sorted(routed, key=key), key)}
     baseline = {
-        (r.load, r.concurrency): _quiet([o for o in results if _same_load(o, r)])
-        for r in results
-        if r.router == DIRECT
+        (r.load, r.concurrency): _quiet([o for o in results if _same_load(o, r)]) for r in results if r.router == DIRECT
     }
     return [_row(found[k], baseline) for k in order]
 
@@ -189,7 +187,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.router:15} {row.mode:8} {row.concurrency:7} {_cell(row.requests_per_second, 8)} "
             f"{_cell(row.added_first_token_p50_us, 8)} {_cell(row.added_first_token_p99_us, 8)} "
             f"{_cell(row.added_per_token_p50_us, 7)} {_cell(row.added_per_token_p99_us, 8)} "
-            f"{_cell(row.cpu_per_request_us, 10)} {_cell(row.cpu_per_chunk_us, 8, 1)} {rss:8.0f} {row.num_errors:6}{noisy}"
+            f"{_cell(row.cpu_per_request_us, 10)} {_cell(row.cpu_per_chunk_us, 8, 1)} "
+            f"{rss:8.0f} {row.num_errors:6}{noisy}"
         )
     return "\n".join(lines)
 

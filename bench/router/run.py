@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
         "num_cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": {"tknp": __version__, "uvloop": uvloop.__version__},
+        "versions": {"tknp": __version__, "uvloop": version("uvloop")},
         "plan": settings,
         "loads": [asdict(load) for load in plan.loads()],
     }

@@ -55,5 +55,11 @@ def create_app(engine_url: str) -> FastAPI:
 if __name__ == "__main__":
     port, url = sys.argv[1:]
     uvicorn.run(
-        create_app(url), host="127.0.0.1", port=int(port), loop="uvloop", http="httptools", access_log=False, backlog=4096
+        create_app(url),
+        host="127.0.0.1",
+        port=int(port),
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        backlog=4096,
     )
