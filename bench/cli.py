@@ -46,7 +46,7 @@ def decode(
 def router(
     streams: Annotated[
         list[int], typer.Option(min=1, help="Streams at once; give it several times.", show_default="1, 64, 512, 2000")
-    ] = [],
+    ] = [],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each load; medians and their spread are kept.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each load, at least.")] = 3.0,
     name: Annotated[

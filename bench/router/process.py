@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 START_SECONDS = 120.0
 """sglang-router waits 35 s for a tokenizer that it can't download when there is no network."""
 _TICK = 1.0 / os.sysconf("SC_CLK_TCK")
+_PR_SET_PDEATHSIG = 1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -67,8 +70,7 @@ class RouterProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                # Before the program starts, because runtimes count the cores then and start a thread for each.
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+                preexec_fn=lambda: _prepare(core),
             )
 
     @property
@@ -111,3 +113,9 @@ class RouterProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _prepare(core: int) -> None:
+    """In the router's process, before its program: runtimes count the cores then, and start a thread for each."""
+    os.sched_setaffinity(0, {core})
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the benchmark, however that ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -47,13 +48,27 @@ class SoakEngine:
             return False
 
     def kill(self) -> None:
-        """SIGKILL to every process of it at once, as when the machine's memory ends; a new one starts right away."""
+        """SIGKILL to every process of it at once, as when the machine goes down. Returns when a new one serves."""
+        self._kill(self._processes())
+
+    def kill_one(self, rng: random.Random) -> str:
+        """SIGKILL to one of its engine core and workers, as when memory ends: the rest of it must end by itself.
+
+        Returns which one, when a new engine serves.
+        """
+        names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] for pid in self._processes()}
+        pid = rng.choice(sorted(pid for pid, name in names.items() if name.startswith(b"VLLM::")))
+        self._kill({pid})
+        return names[pid].decode()
+
+    def _kill(self, pids: set[int]) -> None:
         self.num_kills += 1
-        for pid in self._processes():
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.service.process.wait(timeout=60)
         self.service = self._start()
+        self.service.wait_ready()
 
     def pause(self, seconds: float) -> None:
         """SIGSTOP to every process of it: connections stay open and nothing answers."""
