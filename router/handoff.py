@@ -16,8 +16,7 @@ from router.types import LocalPrefill, Outcome, Role
 from router.upstream import engine_failures, post
 
 if TYPE_CHECKING:
-    import aiohttp
-
+    from router.engine_client import EngineClient
     from router.engines import Engine, EnginePool
     from router.leases import LeaseReleaser
     from router.lifetime import RequestRecord
@@ -32,7 +31,7 @@ class Fleet:
     """What every hand-off shares."""
 
     settings: RouterSettings
-    session: aiohttp.ClientSession
+    client: EngineClient
     pool: EnginePool
     metrics: RouterMetrics
     releaser: LeaseReleaser
@@ -98,7 +97,7 @@ class Handoff:
         with self._leg(engine), engine_failures(endpoint):
             async with asyncio.timeout(self._fleet.settings.prefill_timeout):
                 self._record.mark(Moment.PREFILL_SENT)
-                response = await post(self._fleet.session, endpoint, self._request, body)
+                response = await post(self._fleet.client, endpoint, self._request, body)
                 async with response:
                     answer = await response.read()
             try:
@@ -131,7 +130,7 @@ class Handoff:
                 settings.first_token_timeout if stream else settings.generation_timeout
             ) as limit:
                 self._record.mark(Moment.DECODE_SENT)
-                response = await post(self._fleet.session, endpoint, self._request, body)
+                response = await post(self._fleet.client, endpoint, self._request, body)
                 try:
                     if not stream:
                         await relay_whole(response, endpoint, self._reply, self._record)

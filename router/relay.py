@@ -17,8 +17,7 @@ from router.lifetime import Moment
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import aiohttp
-
+    from router.engine_client import EngineResponse
     from router.lifetime import RequestRecord
     from router.reply import Reply
     from router.types import Endpoint
@@ -29,9 +28,7 @@ ERROR = b'data: {"error"'  # JSON escapes the quotes, so no token's text can hol
 MAX_PARTIAL_BYTES = 2**20  # an event longer than this is passed on in parts
 
 
-async def relay_whole(
-    response: aiohttp.ClientResponse, endpoint: Endpoint, reply: Reply, record: RequestRecord
-) -> None:
+async def relay_whole(response: EngineResponse, endpoint: Endpoint, reply: Reply, record: RequestRecord) -> None:
     """An answer that is not streamed. Nothing is sent before all of it is here, so a failure can still be retried."""
     body = await response.read()
     if not (body.startswith(b"{") and body.rstrip().endswith(b"}")):
@@ -54,7 +51,7 @@ class StreamRelay:
         self._partial = b""
         self._tail = b""
 
-    async def run(self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, gap_limit: float) -> None:
+    async def run(self, response: EngineResponse, limit: asyncio.Timeout, gap_limit: float) -> None:
         """Until the engine's end of stream. `limit` is pushed ahead by `gap_limit` seconds at every chunk.
 
         Raises EngineFailure if the stream ends without [DONE], and the error that an event of the engine's reports.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from router.engine_client import EngineClient
 from router.engines import EnginePool
 from router.handoff import Fleet
 from router.health import HealthChecker
@@ -20,7 +21,7 @@ from router.policy import least_loaded
 from router.records import RecordStore
 from router.transfers import TransferRecorder
 from router.types import Outcome, Role
-from router.upstream import make_session
+from router.upstream import ENGINE_HEADERS, make_session
 
 if TYPE_CHECKING:
     from router.lifetime import RequestRecord
@@ -57,9 +58,10 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     async with make_session(settings) as session:
         releaser = LeaseReleaser(session, pool)
         transfers = TransferRecorder(session, metrics, log_request)
+        client = EngineClient(settings.connect_timeout, ENGINE_HEADERS)
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
-            fleet = Fleet(settings, session, pool, metrics, releaser)
+            fleet = Fleet(settings, client, pool, metrics, releaser)
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
         finally:
             checks.cancel()
@@ -67,3 +69,4 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
                 await checks
             await transfers.close()
             await releaser.close()
+            client.close()

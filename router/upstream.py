@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
+from router.engine_client import ConnectFailedError, ConnectTimeoutError, NotHttpError
 from router.errors import EngineFailure, EngineRejected, FailureKind
 
 if TYPE_CHECKING:
+    from router.engine_client import EngineClient, EngineResponse
     from router.settings import RouterSettings
     from router.types import Endpoint, GenerationRequest
+
+
+ENGINE_HEADERS = {"Accept-Encoding": "identity"}
 
 
 def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
@@ -26,7 +31,7 @@ def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
         connector=connector,
         auto_decompress=False,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
-        headers={"Accept-Encoding": "identity"},
+        headers=ENGINE_HEADERS,
     )
 
 
@@ -35,28 +40,28 @@ def engine_failures(endpoint: Endpoint) -> Iterator[None]:
     """Turns what the HTTP client and the clock raise into EngineFailure."""
     try:
         yield
-    except aiohttp.ConnectionTimeoutError as error:
+    except (aiohttp.ConnectionTimeoutError, ConnectTimeoutError) as error:
         raise EngineFailure(endpoint, FailureKind.CONNECT_TIMEOUT, "connecting to it timed out") from error
     except TimeoutError as error:
         raise EngineFailure(endpoint, FailureKind.TIMEOUT, "it did not answer in time") from error
     except aiohttp.ClientConnectorError as error:
         reason = error.os_error.strerror or type(error.os_error).__name__
         raise EngineFailure(endpoint, FailureKind.REFUSED, f"it can't be reached ({reason})") from error
+    except ConnectFailedError as error:
+        raise EngineFailure(endpoint, FailureKind.REFUSED, f"it can't be reached ({error.strerror})") from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
         raise EngineFailure(endpoint, FailureKind.DISCONNECT, "the connection broke before the answer's end") from error
-    except aiohttp.ClientError as error:
+    except (aiohttp.ClientError, NotHttpError) as error:
         raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not HTTP") from error
 
 
-async def post(
-    session: aiohttp.ClientSession, endpoint: Endpoint, request: GenerationRequest, body: bytes
-) -> aiohttp.ClientResponse:
+async def post(client: EngineClient, endpoint: Endpoint, request: GenerationRequest, body: bytes) -> EngineResponse:
     """The engine's 200, its body not read yet. Raises EngineFailure or EngineRejected for every other answer.
 
     Cancelling closes the connection, which makes vLLM abort the request.
     """
     headers = {"Content-Type": "application/json", "X-Request-Id": request.id, **dict(request.trace_headers)}
-    response = await session.post(endpoint.url + request.api, data=body, headers=headers, allow_redirects=False)
+    response = await client.post(endpoint.url, request.api, headers, body)
     if response.status == 200:
         return response
     async with response:
