@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 
 from router.engine_client import (
     MAX_UNREAD_BYTES,
@@ -94,7 +95,7 @@ def test_one_connection_serves_one_request_after_the_other() -> None:
             assert {b"Accept-Encoding: identity", b"X-Request-Id: a", b"Content-Length: 2"} <= set(lines)
             assert b"Host: " + server.origin.removeprefix("http://").encode() in lines
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_a_stream_comes_as_it_is_written() -> None:
@@ -107,7 +108,7 @@ def test_a_stream_comes_as_it_is_written() -> None:
             await post(server, client)
             assert server.num_connections == 1
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_closing_before_the_end_hangs_up() -> None:
@@ -119,7 +120,7 @@ def test_closing_before_the_end_hangs_up() -> None:
             async with asyncio.timeout(5):
                 await server.hung_up.wait()
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_cancelling_while_the_engine_works_hangs_up() -> None:
@@ -134,7 +135,7 @@ def test_cancelling_while_the_engine_works_hangs_up() -> None:
             async with asyncio.timeout(5):
                 await server.hung_up.wait()
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_an_answer_that_is_none_is_an_error(pieces: tuple[bytes, ...], error: ty
             with pytest.raises(error):
                 await post(server, client)
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_an_answer_without_length_ends_with_the_connection() -> None:
@@ -168,7 +169,7 @@ def test_an_answer_without_length_ends_with_the_connection() -> None:
             assert await post(server, client) == (503, "text/plain", b"no")
             assert server.num_connections == 2
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_an_answer_that_nobody_reads_makes_the_engine_wait() -> None:
@@ -197,7 +198,7 @@ def test_an_answer_that_nobody_reads_makes_the_engine_wait() -> None:
             assert num_read == 200 * 2**20
             response.close()
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_a_refused_connection_and_one_that_takes_too_long() -> None:
@@ -209,7 +210,7 @@ def test_a_refused_connection_and_one_that_takes_too_long() -> None:
             with pytest.raises(ConnectTimeoutError):
                 await EngineClient(1e-9).post(server.origin, "/", {}, b"")
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_idle_connections_that_the_engine_closed_are_not_used_again() -> None:
@@ -220,7 +221,7 @@ def test_idle_connections_that_the_engine_closed_are_not_used_again() -> None:
                 await asyncio.sleep(0.05)
             assert server.num_connections == 3
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 def test_a_header_with_a_line_break_is_refused() -> None:
@@ -229,4 +230,4 @@ def test_a_header_with_a_line_break_is_refused() -> None:
             with pytest.raises(ValueError, match="line break"):
                 await client.post(server.origin, "/", {"traceparent": "a\r\nX-Evil: b"}, b"")
 
-    asyncio.run(run())
+    uvloop.run(run())
