@@ -52,6 +52,11 @@ class TokenParallelKVConnector(NixlPullConnector):
     def build_connector_worker_meta(self) -> TransferReport | None:
         return None if self.connector_worker is None else self.connector_worker.take_report()
 
+    def release_lease(self, lease_id: str) -> None:
+        """On a prefill worker: see TokenParallelConnectorWorker.release_lease."""
+        assert self.connector_worker is not None
+        self.connector_worker.release_lease(lease_id)
+
     @property
     def kv_bytes_received(self) -> int:
         """Bytes of KV that this worker has pulled since it started."""

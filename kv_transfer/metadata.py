@@ -26,14 +26,18 @@ class Pull:
 class TokenParallelConnectorMetadata(NixlConnectorMetadata):
     """One step's orders, the same for all workers of the engine."""
 
-    def __init__(self, base: NixlConnectorMetadata, pulls: dict[str, Pull], idle: bool) -> None:
+    def __init__(
+        self, base: NixlConnectorMetadata, pulls: dict[str, Pull], lease_ids: dict[str, str], idle: bool
+    ) -> None:
         """Args:
         base: vLLM's own, whose content is taken over.
         pulls: by request id, for each of `base.reqs_to_recv`.
+        lease_ids: the router's names, by request id, for those of `base.reqs_to_send` that have one.
         idle: nothing is computed in this step; it only polls transfers.
         """
         self.__dict__.update(base.__dict__)
         self.pulls = pulls
+        self.lease_ids = lease_ids
         self.idle = idle
 
 

@@ -18,6 +18,8 @@ REQUEST_ID_PARAM = "tknp_request_id"
 """Key in `kv_transfer_params` under which the router names the request; transfer records are kept under it."""
 NUM_READERS_PARAM = "tknp_num_readers"
 """Key in `kv_transfer_params`: the `n` of the client's request."""
+LEASE_ID_PARAM = "tknp_lease_id"
+"""Key in `kv_transfer_params` of a prefill leg: the router's name for the KV cache that is then kept."""
 
 _CHILD = re.compile(r"\d+_")
 
@@ -42,6 +44,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._partition = get_partition()
         self._owners: dict[str, int] = {}
         self._names: dict[str, str] = {}
+        self._lease_ids: dict[str, str] = {}
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
 
     def on_new_request(self, request: Any) -> None:
@@ -72,7 +75,10 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
                 owner=self._owners.pop(request_id, 0),
                 num_readers=_num_readers(request_id, params[request_id]),
             )
-        return TokenParallelConnectorMetadata(base, pulls, idle=scheduler_output.total_num_scheduled_tokens == 0)
+        lease_ids, self._lease_ids = self._lease_ids, {}
+        return TokenParallelConnectorMetadata(
+            base, pulls, lease_ids, idle=scheduler_output.total_num_scheduled_tokens == 0
+        )
 
     def update_connector_output(self, connector_output: Any) -> None:
         super().update_connector_output(connector_output)
@@ -89,4 +95,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         self._owners.pop(request.request_id, None)
-        return super().request_finished(request, block_ids)  # type: ignore[no-any-return]
+        lease_id = (request.kv_transfer_params or {}).get(LEASE_ID_PARAM)
+        is_kept, params = super().request_finished(request, block_ids)
+        if is_kept and isinstance(lease_id, str):
+            self._lease_ids[request.request_id] = lease_id
+        return is_kept, params

@@ -25,6 +25,10 @@ _IDLE_PAUSE_SECONDS = 0.001
 lease is pending (v1/core/sched/scheduler.py, has_finished_requests), which would take a core from whoever
 computes."""
 
+_RELEASE_SECONDS = 60.0
+"""How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
+aborted."""
+
 
 @dataclass
 class _OwnPull(ReqMeta):
@@ -51,6 +55,8 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, tuple[int, int]] = {}
         self._ended: dict[str, TransferRecord] = {}
+        self._lease_ids: dict[str, str] = {}
+        self._released: dict[str, float] = {}
         self.xfer_stats = TransferStats()
         self.kv_bytes_received = 0
         """Bytes of KV that this worker has pulled since it started."""
@@ -88,6 +94,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             for engine_id, peer in metadata.heartbeat_by_engine.items():
                 self._ensure_handshake(engine_id, peer.host, peer.port, peer.tp_size, peer.dcp_size, peer.pp_size)
             metadata.heartbeat_by_engine = {}
+        self._lease_ids.update(metadata.lease_ids)
         super().start_load_kv(metadata)
         if metadata.idle and self._idle_pause:
             time.sleep(self._idle_pause)
@@ -130,6 +137,26 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             self._ended[request_id] = record
             self.xfer_stats.record_pull(record)
         return results
+
+    def release_lease(self, lease_id: str) -> None:
+        """Lets the KV cache under this lease go with the next step, or, if its request has not ended yet, when it does.
+        Nobody may be reading it."""
+        self._released[lease_id] = time.monotonic()
+
+    def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
+        # Before vLLM's own: a lease that was released has not expired.
+        if self._released:
+            for request_id in [r for r in self._reqs_to_send if self._lease_ids.get(r) in self._released]:
+                self.consumer_notification_counts_by_req.pop(request_id, None)
+                self.expected_consumer_notifications_by_req.pop(request_id, None)
+                self._reqs_to_process.discard(request_id)
+                del self._reqs_to_send[request_id]
+                done_sending.add(request_id)
+            too_old = time.monotonic() - _RELEASE_SECONDS
+            self._released = {lease: at for lease, at in self._released.items() if at > too_old}
+        super()._reap_expired_send_leases(done_sending)
+        if len(self._lease_ids) > len(self._reqs_to_send):
+            self._lease_ids = {r: lease for r, lease in self._lease_ids.items() if r in self._reqs_to_send}
 
     def take_report(self) -> TransferReport | None:
         """The pulls that ended since the last call."""

@@ -16,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from router.drain import DrainingServer, drain_engine, resume_engine
 from router.errors import InvalidRequest, MethodNotAllowed, NotFound, RouterError, error_body
 from router.front import Front
 from router.generation import GenerationRoute
@@ -43,6 +44,8 @@ def create_app(settings: RouterSettings) -> FastAPI:
     app.add_api_route("/health", health)
     app.add_api_route("/ready", ready)
     app.add_api_route("/metrics", metrics)
+    app.add_api_route("/admin/engines/{name}/drain", drain_engine, methods=["POST"])
+    app.add_api_route("/admin/engines/{name}/resume", resume_engine, methods=["POST"])
     app.add_api_route("/requests/{request_id:path}", request_record)
     app.add_exception_handler(RouterError, answer_router_error)
     app.add_exception_handler(HTTPException, answer_http_error)
@@ -67,7 +70,7 @@ def make_server(settings: RouterSettings) -> uvicorn.Server:
         timeout_keep_alive=75,  # longer than load balancers keep theirs (60 s), so that no request meets a closing door
         timeout_graceful_shutdown=max(1, int(settings.shutdown_timeout)),
     )
-    return uvicorn.Server(config)
+    return DrainingServer(config, settings.drain_seconds)
 
 
 def run(settings: RouterSettings) -> None:
@@ -99,13 +102,16 @@ async def health() -> dict[str, str]:
 
 async def ready(request: Request) -> JSONResponse:
     """Whether a request would be served now, and if not, what is missing."""
-    pool = _state(request).pool
-    missing = pool.missing()
+    state = _state(request)
+    pool = state.pool
+    missing = ["the router is draining"] if state.is_draining else pool.missing()
     engines = [
         {
             "role": engine.endpoint.role,
             "url": engine.endpoint.url,
             "up": engine.is_up,
+            "draining": engine.is_draining,
+            "failing": engine.breaker.is_open,
             "reason": engine.down_reason or None,
             "models": list(engine.models),
             "outstanding_requests": engine.num_outstanding,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from router.breaker import CircuitBreaker
 from router.errors import EngineFailure, FailureKind, ModelNotFound, NoEngine
 from router.fit import misfit
 from router.types import Endpoint, JsonObject, Role
@@ -24,14 +25,17 @@ RETRY_AFTER_SECONDS = 5  # about what an engine that was restarted in place need
 class Engine:
     """One engine: whether it is up, the models it serves, and the requests it has from us."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, breaker_failures: int = 5) -> None:
         self.endpoint = endpoint
+        self.breaker = CircuitBreaker(breaker_failures)
         self.is_up = False
+        self.is_draining = False  # ends what it has, and gets nothing new
         self.down_reason = "not checked yet"
         self.models: dict[str, JsonObject] = {}  # name -> vLLM's model card
         self.kv_traits: dict[str, str] = {}  # what must be equal on both sides of a hand-off; empty if it does not tell
         self.num_outstanding = 0
         self.num_chosen = 0
+        self.num_progress = 0  # grows while it generates for clients
         self.suspected = asyncio.Event()  # wakes the health check before its time
 
     def mark_up(self, models: dict[str, JsonObject], kv_traits: dict[str, str]) -> None:
@@ -45,8 +49,15 @@ class Engine:
             logger.warning("%s engine %s is down: %s", self.endpoint.role, self.endpoint.name, reason)
         self.is_up, self.down_reason = False, reason
 
+    def succeeded(self) -> None:
+        """A request ended well here."""
+        self.num_progress += 1
+        self.breaker.succeeded()
+
     def suspect(self, failure: EngineFailure) -> None:
         """A request failed here. A connection that is refused is proof enough; anything else is checked at once."""
+        if self.breaker.failed():
+            logger.warning("%s engine %s fails request after request", self.endpoint.role, self.endpoint.name)
         if failure.kind is FailureKind.REFUSED:
             self.mark_down(failure.detail)
         self.suspected.set()
@@ -65,15 +76,18 @@ class Engine:
 class EnginePool:
     """All engines of both roles, and the policy of each role."""
 
-    def __init__(self, endpoints: Sequence[Endpoint], policies: dict[Role, Policy]) -> None:
-        self.engines = [Engine(endpoint) for endpoint in endpoints]
+    def __init__(self, endpoints: Sequence[Endpoint], policies: dict[Role, Policy], breaker_failures: int) -> None:
+        self.engines = [Engine(endpoint, breaker_failures) for endpoint in endpoints]
         self._policies = policies
 
     def of(self, role: Role) -> list[Engine]:
         return [engine for engine in self.engines if engine.endpoint.role is role]
 
     def alive(self, role: Role, model: str) -> list[Engine]:
-        return [e for e in self.engines if e.is_up and e.endpoint.role is role and model in e.models]
+        """The engines that a request for the model may be sent to."""
+        up = [e for e in self.of(role) if e.is_up and not e.is_draining and model in e.models]
+        # Where all of them fail requests, that says more about the requests or the network than about one of them.
+        return [e for e in up if not e.breaker.is_open] or up
 
     def choose(
         self, role: Role, request: GenerationRequest, tried: Collection[Endpoint], prefilled_by: Engine | None = None
@@ -117,7 +131,9 @@ class EnginePool:
 
     def missing(self) -> list[str]:
         """What stands between this pool and its first token; empty when a request can be served."""
-        faults = [f"no {role} engine is up" for role in Role if not any(e.is_up for e in self.of(role))]
+        faults = [
+            f"no {role} engine is up" for role in Role if not any(e.is_up and not e.is_draining for e in self.of(role))
+        ]
         if not faults:
             prefilled = {name for e in self.of(Role.PREFILL) if e.is_up for name in e.models}
             both = prefilled & self.models().keys()
@@ -146,6 +162,9 @@ class EnginePool:
         engines = self.of(role)
         num_up = sum(engine.is_up for engine in engines)
         state = f"{num_up} of {len(engines)} {role} engines are up" + (f", none serves {model!r}" if num_up else "")
+        num_draining = sum(engine.is_draining for engine in engines)
+        if num_draining:
+            state += f"; {num_draining} are draining"
         return NoEngine(
             f"No {role} engine can take the request: {state}. Retry in {RETRY_AFTER_SECONDS} s.",
             retry_after=RETRY_AFTER_SECONDS,

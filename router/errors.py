@@ -116,6 +116,11 @@ class EngineFailure(RouterError):
         self.outcome = Outcome.TIMEOUT if timed_out else Outcome.FAILED
 
     @property
+    def is_death(self) -> bool:
+        """Nobody is there any more, as opposed to somebody who is slow or confused."""
+        return self.kind in (FailureKind.REFUSED, FailureKind.DISCONNECT)
+
+    @property
     def reached_engine(self) -> bool:
         """False if it is certain that the engine got nothing of the request."""
         return self.kind not in (FailureKind.REFUSED, FailureKind.CONNECT_TIMEOUT)

@@ -1,29 +1,39 @@
-"""The hand-off of one request: prefill leg, decode leg, and another engine for either while the client got nothing."""
+"""The hand-off of one request: prefill leg, decode leg, and another engine for either when one fails."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from router.errors import ClientStalled, EngineFailure, FailureKind, RouterError
+from router.continuation import Transcript, can_continue
+from router.errors import ClientStalled, EngineFailure, EngineRejected, FailureKind, RouterError
+from router.leases import Lease
 from router.legs import decode_body, kv_params, prefill_body
 from router.lifetime import Attempt, Moment
 from router.relay import StreamRelay, relay_whole
+from router.retries import backoff
 from router.types import LocalPrefill, Outcome, Role
-from router.upstream import engine_failures, post
+from router.upstream import engine_failures, fetch_prompt_ids, post
 
 if TYPE_CHECKING:
+    import aiohttp
+
     from router.engine_client import EngineClient
     from router.engines import Engine, EnginePool
     from router.leases import LeaseReleaser
     from router.lifetime import RequestRecord
     from router.metrics import RouterMetrics
     from router.reply import Reply
+    from router.retries import RetryBudget
     from router.settings import RouterSettings
-    from router.types import Endpoint, GenerationRequest, JsonObject
+    from router.types import Endpoint, GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +41,12 @@ class Fleet:
     """What every hand-off shares."""
 
     settings: RouterSettings
+    session: aiohttp.ClientSession
     client: EngineClient
     pool: EnginePool
     metrics: RouterMetrics
     releaser: LeaseReleaser
+    retries: RetryBudget
 
 
 class Handoff:
@@ -42,45 +54,75 @@ class Handoff:
 
     def __init__(self, fleet: Fleet, request: GenerationRequest, record: RequestRecord, reply: Reply) -> None:
         self._fleet = fleet
-        self._request = request
+        self._asked = request
+        self._request = request  # what is sent: after an engine died in mid-stream, the rest of what was asked
         self._record = record
         self._reply = reply
         self._local_prefill = request.local_prefill
-        self._held: JsonObject | None = None  # KV cache that a prefill engine keeps and no decode engine was told of
+        self._lease: Lease | None = None  # KV cache that a prefill engine may be keeping for this request
         self._prefilled_by: Engine | None = None
         self._tried: set[Endpoint] = set()
+        self._transcript: Transcript | None = None
+        if fleet.settings.continue_streams and can_continue(request):
+            self._transcript = Transcript(request)
 
     async def run(self) -> None:
         """Answers the client. Raises RouterError when it can't; what was sent until then stands in the reply."""
         roles = (Role.DECODE,) if self._local_prefill else (Role.PREFILL, Role.DECODE)
         self._fleet.pool.require(self._request.model, roles)
+        self._fleet.retries.deposit()
         try:
             await self._run_with_retries()
         finally:
-            if self._held is not None:
-                self._fleet.releaser.release(self._held, self._request.model)
+            self._give_back()
 
     async def _run_with_retries(self) -> None:
-        for num_left in reversed(range(1 + self._fleet.settings.num_retries)):
+        for num_failed in itertools.count(1):
             try:
                 await self._attempt()
+                return
             except EngineFailure as failure:
                 # A connection that was accepted too late says more about the load than about this engine.
                 if failure.kind is not FailureKind.CONNECT_TIMEOUT:
                     self._tried.add(failure.endpoint)
-                if self._reply.started or not num_left or not self._can_retry(failure):
+                if num_failed > self._fleet.settings.num_retries or not await self._can_go_on(failure):
                     raise
                 self._fleet.metrics.retried(failure.endpoint.role)
-            else:
-                return
+            await asyncio.sleep(backoff(num_failed))
 
-    def _can_retry(self, failure: EngineFailure) -> bool:
-        """Whether an engine is left that was not tried. Raises NoEngine if that one was the last alive."""
-        role = failure.endpoint.role
-        return self._fleet.pool.choose(role, self._request, self._tried, self._prefilled_by) is not None
+    async def _can_go_on(self, failure: EngineFailure) -> bool:
+        """Whether an engine is left that was not tried, and retries are. Raises NoEngine if that was the last alive."""
+        if self._fleet.pool.choose(failure.endpoint.role, self._request, self._tried, self._prefilled_by) is None:
+            return False
+        if self._reply.started and not await self._prepare_continuation():
+            return False
+        # The requests of an engine that died come once; what an overload slows down would come again and again.
+        if failure.is_death or self._fleet.retries.withdraw():
+            return True
+        self._fleet.metrics.retry_refused()
+        return False
+
+    async def _prepare_continuation(self) -> bool:
+        """Makes what the client has not got yet the request; False if that can't be done."""
+        if self._transcript is None:
+            return False
+        engine = self._choose(Role.DECODE)
+        try:
+            prompt_ids = await fetch_prompt_ids(self._fleet.session, engine.endpoint, self._asked)
+        except EngineFailure as error:
+            logger.warning("the stream of request %s can't be continued: %s", self._asked.id, error)
+            return False
+        context = engine.models[self._asked.model].get("max_model_len", len(prompt_ids))
+        rest = self._transcript.remaining(prompt_ids, context)
+        if rest is None:
+            return False
+        self._request = rest
+        self._record.num_continuations += 1
+        self._fleet.metrics.continued()
+        return True
 
     async def _attempt(self) -> None:
-        if self._local_prefill is None and self._held is None:
+        if self._local_prefill is None and (self._lease is None or self._lease.params is None or self._lease.readers):
             await self._prefill(self._choose(Role.PREFILL))
         await self._decode(self._choose(Role.DECODE))
 
@@ -93,49 +135,70 @@ class Handoff:
 
     async def _prefill(self, engine: Engine) -> None:
         endpoint = engine.endpoint
-        body = prefill_body(self._request)
+        self._give_back()  # of an attempt before
+        lease = self._lease = Lease(self._request.id, endpoint)
+        body = prefill_body(self._request, lease.id)
         with self._leg(engine), engine_failures(endpoint):
             async with asyncio.timeout(self._fleet.settings.prefill_timeout):
-                self._record.mark(Moment.PREFILL_SENT)
+                self._mark(Moment.PREFILL_SENT)
                 response = await post(self._fleet.client, endpoint, self._request, body)
                 async with response:
                     answer = await response.read()
             try:
-                self._held = kv_params(answer)
+                lease.params = kv_params(answer)
             except ValueError as error:
                 raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object") from error
-            self._record.mark(Moment.PREFILL_DONE)
+            self._mark(Moment.PREFILL_DONE)
         self._prefilled_by = engine
-        if self._held is None:
+        if lease.params is None:
+            self._lease = None
             self._local_prefill = self._record.local_prefill = LocalPrefill.NO_KV
 
     async def _decode(self, engine: Engine) -> None:
-        params, self._held = self._held, None
-        body = decode_body(self._request, params)
+        lease, num_chunks = self._lease, self._record.num_chunks
+        body = decode_body(self._request, lease.params if lease else None, with_ids=self._transcript is not None)
+        if lease is not None:
+            lease.readers.append(engine.endpoint)
         try:
             with self._leg(engine), engine_failures(engine.endpoint):
-                await self._relay(engine.endpoint, body)
+                await self._relay(engine, body)
         except EngineFailure as failure:
             # Once a decode engine may have read the cache it may also have freed it: only one that was never
             # reached leaves it for the next. Otherwise the next attempt prefills again.
-            if not failure.reached_engine:
-                self._held = params
+            if lease is not None and not failure.reached_engine:
+                lease.readers.clear()
             raise
+        finally:
+            if self._record.num_chunks > num_chunks:  # what generates has pulled the cache, and so ended its lease
+                self._lease = None
 
-    async def _relay(self, endpoint: Endpoint, body: bytes) -> None:
-        settings = self._fleet.settings
+    def _give_back(self) -> None:
+        """Sees to it that no prefill engine keeps KV cache for this request."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            alive = self._fleet.pool.alive(Role.DECODE, self._request.model)
+            self._fleet.releaser.release(lease, alive[0].endpoint if alive else None)
+
+    def _mark(self, moment: Moment) -> None:
+        # A continuation does not undo what the client saw: its moments remain those of the first engines.
+        if not self._record.num_continuations:
+            self._record.mark(moment)
+
+    async def _relay(self, engine: Engine, body: bytes) -> None:
+        endpoint, settings = engine.endpoint, self._fleet.settings
         stream = self._request.stream
         try:
             async with asyncio.timeout(
                 settings.first_token_timeout if stream else settings.generation_timeout
             ) as limit:
-                self._record.mark(Moment.DECODE_SENT)
+                self._mark(Moment.DECODE_SENT)
                 response = await post(self._fleet.client, endpoint, self._request, body)
                 try:
                     if not stream:
                         await relay_whole(response, endpoint, self._reply, self._record)
                         return
-                    relay = StreamRelay(endpoint, self._reply, self._record, self._fleet.metrics.observe_gap)
+                    gaps = self._fleet.metrics.observe_gap
+                    relay = StreamRelay(engine, self._reply, self._record, gaps, self._transcript)
                     await relay.run(response, limit, settings.between_chunks_timeout)
                 finally:
                     response.close()  # does nothing once the answer was read to its end; before, it aborts the request
@@ -155,12 +218,19 @@ class Handoff:
             with engine.occupied():
                 yield
             outcome = Outcome.OK
+            engine.succeeded()
         except asyncio.CancelledError:
             outcome = Outcome.CANCELLED
             raise
         except EngineFailure as failure:
             outcome = failure.outcome
             engine.suspect(failure)
+            raise
+        except EngineRejected as error:
+            outcome = error.outcome
+            engine.succeeded()
+            if engine.endpoint.role is Role.PREFILL:
+                self._lease = None  # what was refused left nothing behind
             raise
         except RouterError as error:
             outcome = error.outcome

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 # Meant for the answer, which is the decode leg's. `logprob_token_ids` is refused by vLLM without `logprobs`; and a
 # seeded request whose prefill is chunked kills vLLM 0.32.0 on CPU ("CPU Generator does not use offset").
-ANSWER_FIELDS = ("seed", "stream_options", "min_tokens", "logprobs", "top_logprobs", "logprob_token_ids")
+ANSWER_FIELDS = (
+    "seed",
+    "stream_options",
+    "min_tokens",
+    "logprobs",
+    "top_logprobs",
+    "logprob_token_ids",
+    "return_token_ids",
+)
 
 REMOTE_DECODE: JsonObject = {
     "do_remote_decode": True,
@@ -27,10 +35,10 @@ REMOTE_DECODE: JsonObject = {
 }
 
 
-def prefill_body(request: GenerationRequest) -> bytes:
-    """One token, not streamed, with the KV cache kept."""
+def prefill_body(request: GenerationRequest, lease_id: str) -> bytes:
+    """One token, not streamed, with the KV cache kept under a lease of this name."""
     body = {name: value for name, value in request.body.items() if name not in ANSWER_FIELDS}
-    body.update(stream=False, max_tokens=1, n=1, kv_transfer_params=REMOTE_DECODE)
+    body.update(stream=False, max_tokens=1, n=1, kv_transfer_params={**REMOTE_DECODE, "tknp_lease_id": lease_id})
     if "max_completion_tokens" in body:
         body["max_completion_tokens"] = 1
     return orjson.dumps(body)
@@ -48,12 +56,14 @@ def kv_params(reply: bytes) -> JsonObject | None:
     return params if isinstance(params, dict) and params else None
 
 
-def decode_body(request: GenerationRequest, params: JsonObject | None) -> bytes:
-    """The client's body as it is, with where to pull the KV cache from, or without for a local prefill."""
-    if params is None:
-        return orjson.dumps(request.body)
-    marked = {**params, "tknp_request_id": request.id, "tknp_num_readers": request.num_choices}
-    return orjson.dumps({**request.body, "kv_transfer_params": marked})
+def decode_body(request: GenerationRequest, params: JsonObject | None, *, with_ids: bool) -> bytes:
+    """The client's body as it is, with where to pull the KV cache from, or without for a local prefill; and asking for
+    the ids of the tokens if they are to be noted."""
+    body = {**request.body, "return_token_ids": True} if with_ids else request.body
+    if params is not None:
+        marked = {**params, "tknp_request_id": request.id, "tknp_num_readers": request.num_choices}
+        body = {**body, "kv_transfer_params": marked}
+    return orjson.dumps(body)
 
 
 def release_body(params: JsonObject) -> bytes:

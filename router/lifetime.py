@@ -95,6 +95,7 @@ class RequestRecord:
     error: str | None = None
     status: int | None = None
     num_chunks: int = 0
+    num_continuations: int = 0  # times that another engine went on with the stream
     attempts: list[Attempt] = field(default_factory=list)
     transfer: Transfer | None = None
     last: Moment = Moment.RECEIVED
@@ -149,6 +150,7 @@ class RequestRecord:
                 {"role": a.endpoint.role, "engine": a.endpoint.name, "outcome": a.outcome} for a in self.attempts
             ],
             "num_chunks": self.num_chunks,
+            "num_continuations": self.num_continuations,
             "moments": {moment.value: at for moment, at in self.moments.items()},
             "phases": {phase.value: round(seconds, 6) for phase, seconds in self.phases().items()},
             "kv_transfer": self.transfer

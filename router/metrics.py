@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.lifetime import IN_FLIGHT, Moment, Phase
-from router.types import LocalPrefill, Outcome, Role
+from router.types import LeaseEnd, LocalPrefill, Outcome, Role
 
 if TYPE_CHECKING:
     from router.engines import Engine, EnginePool
@@ -81,6 +81,21 @@ class RouterMetrics:
             registry=registry,
         )
         self._retries = {role: retries.labels(role) for role in Role}
+        self._retries_refused = Counter(
+            "tknp_retries_refused", "Retries that the budget had nothing left for.", registry=registry
+        )
+        self._continuations = Counter(
+            "tknp_stream_continuations",
+            "Streams that another engine went on with after theirs died.",
+            registry=registry,
+        )
+        leases = Counter(
+            "tknp_kv_leases",
+            "KV cache that prefill engines kept in vain, by what became of it.",
+            ["end"],
+            registry=registry,
+        )
+        self._leases = {end: leases.labels(end) for end in LeaseEnd}
         self._kv_bytes = Counter(
             "tknp_router_kv_transfer_bytes",
             "Bytes of KV cache that decode engines pulled for this router's requests; theirs are by rank.",
@@ -93,6 +108,15 @@ class RouterMetrics:
 
     def retried(self, role: Role) -> None:
         self._retries[role].inc()
+
+    def retry_refused(self) -> None:
+        self._retries_refused.inc()
+
+    def continued(self) -> None:
+        self._continuations.inc()
+
+    def lease_ended(self, end: LeaseEnd) -> None:
+        self._leases[end].inc()
 
     def transferred(self, kv_bytes: int, seconds: float) -> None:
         self._kv_bytes.inc(kv_bytes)

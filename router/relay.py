@@ -17,7 +17,9 @@ from router.lifetime import Moment
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from router.continuation import Transcript
     from router.engine_client import EngineResponse
+    from router.engines import Engine
     from router.lifetime import RequestRecord
     from router.reply import Reply
     from router.types import Endpoint
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'  # JSON escapes the quotes, so no token's text can hold this
-MAX_PARTIAL_BYTES = 2**20  # an event longer than this is passed on in parts
+MAX_PARTIAL_BYTES = 2**24  # an event longer than this is passed on in parts; a prompt's ids fill 7 bytes a token
 
 
 async def relay_whole(response: EngineResponse, endpoint: Endpoint, reply: Reply, record: RequestRecord) -> None:
@@ -42,9 +44,16 @@ class StreamRelay:
     """One stream of server-sent events."""
 
     def __init__(
-        self, endpoint: Endpoint, reply: Reply, record: RequestRecord, observe_gap: Callable[[float], None]
+        self,
+        engine: Engine,
+        reply: Reply,
+        record: RequestRecord,
+        observe_gap: Callable[[float], None],
+        transcript: Transcript | None,
     ) -> None:
-        self._endpoint = endpoint
+        self._engine = engine
+        self._endpoint = engine.endpoint
+        self._transcript = transcript
         self._reply = reply
         self._record = record
         self._observe_gap = observe_gap
@@ -65,6 +74,7 @@ class StreamRelay:
             if at >= renew_at:  # moving a timer costs more than the rest of this loop, so it moves in steps
                 limit.reschedule(at + 1.1 * gap_limit)
                 renew_at = at + 0.1 * gap_limit
+                self._engine.num_progress += 1
             events = self._whole_events(data)
             if b"data:" not in events:  # a comment that keeps the connection alive is no token
                 if events and self._reply.started:
@@ -84,6 +94,8 @@ class StreamRelay:
             at = events.index(ERROR)
             events, error = events[:at], self._reported(events[at:])
         if events:
+            if self._transcript is not None:
+                events = self._transcript.take(events)
             if not self._reply.started:
                 self._record.mark(Moment.FIRST_TOKEN)
                 await self._reply.start_stream()

@@ -67,6 +67,19 @@ class RouterSettings(BaseSettings):
         ge=1,
         description="Checks in a row that time out before an engine is down; a refused connection needs one.",
     )
+    generation_check_interval: Seconds = Field(
+        default=30.0,
+        description="Seconds between two checks that an engine still generates; one token, which costs a step.",
+    )
+    generation_check_timeout: Seconds = Field(
+        default=30.0,
+        description="Seconds for that token; a prompt that came before it computes for as long on a CPU.",
+    )
+    breaker_failures: int = Field(
+        default=5,
+        ge=1,
+        description="Requests in a row that fail on an engine before it gets no more until it has generated again.",
+    )
     models_interval: Seconds = Field(
         default=60.0,
         description="Seconds that an engine's list of models is kept; adapters can be loaded while it runs.",
@@ -76,6 +89,28 @@ class RouterSettings(BaseSettings):
         ge=0,
         le=10,
         description="Further attempts on other engines while the client got nothing; each may cost a prefill.",
+    )
+
+    retry_ratio: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Retries, other than after an engine's death, as a share of all requests; no overload multiplies.",
+    )
+    retry_reserve: int = Field(
+        default=20,
+        ge=1,
+        description="Retries that are there beyond that share, for a router that has seen few requests.",
+    )
+    continue_streams: bool = Field(
+        default=True,
+        description="Go on with a stream on another engine when its engine dies; costs about 1 us a chunk.",
+    )
+    drain_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        le=600,
+        description="Seconds that /ready says no before SIGTERM closes the port; set it to what load balancers need.",
     )
 
     record_transfers: bool = Field(

@@ -19,6 +19,7 @@ from router.logs import log_request
 from router.metrics import RouterMetrics, StateCollector
 from router.policy import least_loaded
 from router.records import RecordStore
+from router.retries import RetryBudget
 from router.transfers import TransferRecorder
 from router.types import Outcome, Role
 from router.upstream import ENGINE_HEADERS, make_session
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from router.settings import RouterSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RouterState:
     settings: RouterSettings
     registry: CollectorRegistry
@@ -37,6 +38,7 @@ class RouterState:
     metrics: RouterMetrics
     fleet: Fleet
     transfers: TransferRecorder
+    is_draining: bool = False  # /ready says no; requests are still taken
 
     def finish(self, record: RequestRecord) -> None:
         """Counts a request that ended, and logs it once what it moved is known."""
@@ -51,17 +53,18 @@ class RouterState:
 @contextlib.asynccontextmanager
 async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     registry = CollectorRegistry()
-    pool = EnginePool(settings.endpoints, dict.fromkeys(Role, least_loaded))
+    pool = EnginePool(settings.endpoints, dict.fromkeys(Role, least_loaded), settings.breaker_failures)
     records = RecordStore(settings.num_request_records)
     metrics = RouterMetrics(registry)
     registry.register(StateCollector(pool, records))
     async with make_session(settings) as session:
-        releaser = LeaseReleaser(session, pool)
+        releaser = LeaseReleaser(session, metrics)
         transfers = TransferRecorder(session, metrics, log_request)
         client = EngineClient(settings.connect_timeout, ENGINE_HEADERS)
         checks = asyncio.create_task(HealthChecker(pool, session, settings).run())
         try:
-            fleet = Fleet(settings, client, pool, metrics, releaser)
+            budget = RetryBudget(settings.retry_ratio, settings.retry_reserve)
+            fleet = Fleet(settings, session, client, pool, metrics, releaser, budget)
             yield RouterState(settings, registry, pool, records, metrics, fleet, transfers)
         finally:
             checks.cancel()

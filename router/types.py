@@ -50,6 +50,13 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"  # the client hung up
 
 
+class LeaseEnd(StrEnum):
+    """What became of KV cache that was kept in vain. The values are labels of a metric."""
+
+    RELEASED = "released"
+    EXPIRES = "expires"  # nobody could be told: it is held until vLLM's lease ends
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where an engine listens."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import aiohttp
+import orjson
 
+from router.continuation import tokenize_body
 from router.engine_client import ConnectFailedError, ConnectTimeoutError, NotHttpError
 from router.errors import EngineFailure, EngineRejected, FailureKind
 
@@ -35,6 +38,9 @@ def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
     )
 
 
+TOKENIZE_TIMEOUT = 10.0  # s; a client is waiting in mid-stream
+
+
 @contextmanager
 def engine_failures(endpoint: Endpoint) -> Iterator[None]:
     """Turns what the HTTP client and the clock raise into EngineFailure."""
@@ -53,6 +59,25 @@ def engine_failures(endpoint: Endpoint) -> Iterator[None]:
         raise EngineFailure(endpoint, FailureKind.DISCONNECT, "the connection broke before the answer's end") from error
     except (aiohttp.ClientError, NotHttpError) as error:
         raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not HTTP") from error
+
+
+async def fetch_prompt_ids(session: aiohttp.ClientSession, endpoint: Endpoint, request: GenerationRequest) -> list[int]:
+    """The request's prompt in tokens, as the engine sees it. Raises EngineFailure."""
+    body = tokenize_body(request)
+    if body is None:
+        given: list[int] = request.body["prompt"]
+        return given
+    with engine_failures(endpoint):
+        async with asyncio.timeout(TOKENIZE_TIMEOUT):
+            headers = {"Content-Type": "application/json"}
+            async with session.post(endpoint.url + "/tokenize", data=body, headers=headers) as response:
+                answer = await response.read()
+    try:
+        tokens: list[int] = orjson.loads(answer)["tokens"]
+    except (ValueError, TypeError, KeyError) as error:
+        detail = f"/tokenize answered with status {response.status} and no tokens"
+        raise EngineFailure(endpoint, FailureKind.GARBAGE, detail) from error
+    return tokens
 
 
 async def post(client: EngineClient, endpoint: Endpoint, request: GenerationRequest, body: bytes) -> EngineResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from services.release import EXTENSION
 from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
 
 
@@ -21,4 +22,7 @@ def run_prefill(
     """
     num_workers = int(option_value(vllm_args, "--tensor-parallel-size") or option_value(vllm_args, "-tp") or 1)
     device = prepare_environment(host, side_channel_port, num_workers)
-    serve(model, host, port, [*kv_transfer_option("kv_producer", device, vllm_args), *vllm_args])
+    transfer = kv_transfer_option("kv_producer", device, vllm_args)
+    if transfer and option_value(vllm_args, "--worker-extension-cls") is None:
+        transfer += ["--worker-extension-cls", EXTENSION]
+    serve(model, host, port, [*transfer, *vllm_args])

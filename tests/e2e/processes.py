@@ -76,6 +76,11 @@ class Service:
 
         wait_for(ready, START_SECONDS, f"{self.name} being ready")
 
+    def server_pid(self) -> int:
+        """The process that speaks HTTP: the guard's first child."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 

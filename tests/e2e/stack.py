@@ -25,7 +25,8 @@ class Stack:
     def held(self) -> list[str]:
         """What keeps KV, a line each: decode ranks with requests or blocks, the prefill engine's share in use."""
         held = [
-            f"decode rank {r['rank']}: {r['num_requests']} requests, {r['num_free_blocks']} of {r['num_blocks']} blocks free"
+            f"decode rank {r['rank']}: {r['num_requests']} requests, "
+            f"{r['num_free_blocks']} of {r['num_blocks']} blocks free"
             for r in self.ranks()
             if r["num_free_blocks"] != r["num_blocks"] or r["num_requests"]
         ]

@@ -45,9 +45,11 @@ def around_boundaries(seed: int) -> list[Ask]:
 
 
 def crowd(seed: int, count: int = 32) -> list[Ask]:
-    """Requests of mixed length, for sending at once: the batch grows and shrinks."""
+    """Requests of mixed length, for sending at once: the batch grows and shrinks. Every eighth prompt is one token:
+    such a request is placed twice, once before its KV is pulled and once after, with other loads."""
     rng = random.Random(seed)
-    return [completion(tokens(rng.randint(1, 400), seed * 1000 + i), rng.randint(4, 70)) for i in range(count)]
+    lengths = [1 if i % 8 == 0 else rng.randint(1, 400) for i in range(count)]
+    return [completion(tokens(n, seed * 1000 + i), rng.randint(4, 70)) for i, n in enumerate(lengths)]
 
 
 def conversations() -> list[Ask]:

@@ -33,10 +33,11 @@ def test_orders_reach_another_process_with_all_that_vllm_put_into_them(idle: boo
     base.reqs_to_send = {"s": 3.0}
     base.scheduler_clock = 2.0
     base.heartbeat_by_engine = {"e": HeartbeatInfo({"r"}, "host", 1, 1)}
-    orders = TokenParallelConnectorMetadata(base, {"r": Pull(1, 2)}, idle)
+    orders = TokenParallelConnectorMetadata(base, {"r": Pull(1, 2)}, {"s": "lease"}, idle)
     received = pickle.loads(pickle.dumps(orders))
     assert isinstance(received, NixlConnectorMetadata)
     assert received.pulls == {"r": Pull(1, 2)}
+    assert received.lease_ids == {"s": "lease"}
     assert received.idle is idle
     for name, value in vars(base).items():
         assert getattr(received, name) == value, name

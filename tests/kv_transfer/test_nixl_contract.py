@@ -105,9 +105,9 @@ def test_the_agent_can_be_replaced_before_anything_is_registered() -> None:
 
 
 def test_orders_are_a_plain_object() -> None:
-    made = TokenParallelConnectorMetadata(NixlConnectorMetadata(), {}, idle=True)
+    made = TokenParallelConnectorMetadata(NixlConnectorMetadata(), {}, {}, idle=True)
     assert vars(NixlConnectorMetadata()), "its fields are not in __dict__ any more; see kv_transfer/metadata.py"
-    assert vars(made).keys() - vars(NixlConnectorMetadata()).keys() == {"pulls", "idle"}
+    assert vars(made).keys() - vars(NixlConnectorMetadata()).keys() == {"pulls", "lease_ids", "idle"}
 
 
 def test_the_connector_makes_its_halves_itself() -> None:

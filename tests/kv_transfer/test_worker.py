@@ -4,6 +4,7 @@ the prefill engine, is played by the test: `FakePeer` is what the worker sees of
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from vllm.distributed.parallel_state import (
     initialize_model_parallel,
 )
 
+from kv_transfer import worker as kv_worker
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata
 from kv_transfer.worker import TokenParallelConnectorWorker
 from tests.services.building import kv_cache_config, tiny_config
@@ -96,7 +98,7 @@ class Worker:
             }
             base.add_new_req_to_recv(name, (blocks,) if blocks else (), remote, awaiting_kvs=bool(blocks))
         base.heartbeat_by_engine = {"prefill": HeartbeatInfo({"r"}, "h", 1, 1)}
-        orders = TokenParallelConnectorMetadata(base, {name: pull for name, (pull, _) in pulls.items()}, idle=False)
+        orders = TokenParallelConnectorMetadata(base, {name: pull for name, (pull, _) in pulls.items()}, {}, idle=False)
         self.half.start_load_kv(orders)
 
     def transfer(self, request_id: str, *handles: int) -> None:
@@ -217,6 +219,51 @@ def test_a_step_that_only_polls_rests(worker: Worker, monkeypatch: pytest.Monkey
     rests: list[float] = []
     monkeypatch.setattr("kv_transfer.worker.time.sleep", rests.append)
     for idle in (False, True):
-        worker.half.start_load_kv(TokenParallelConnectorMetadata(NixlConnectorMetadata(), {}, idle))
+        worker.half.start_load_kv(TokenParallelConnectorMetadata(NixlConnectorMetadata(), {}, {}, idle))
     assert rests == [worker.half._idle_pause]
     assert rests[0] > 0
+
+
+class Keeper:
+    """A prefill rank's worker half that keeps KV for the given requests, each under a lease `<request>-lease`."""
+
+    def __init__(self, worker: Worker, *requests: str, seconds: float = 30.0) -> None:
+        self.worker = worker
+        base = NixlConnectorMetadata()
+        base.reqs_in_batch = set(requests)
+        base.reqs_to_send = {r: time.perf_counter() + seconds for r in requests}
+        leases = {r: f"{r}-lease" for r in requests}
+        worker.half.start_load_kv(TokenParallelConnectorMetadata(base, {}, leases, idle=True))
+
+    def done(self) -> set[str]:
+        sent: set[str] = self.worker.half.get_transfer_results().finished_sending
+        return sent
+
+
+def test_a_released_lease_lets_its_request_s_kv_go_and_no_other_s(worker: Worker) -> None:
+    keeper = Keeper(worker, "a", "b")
+    assert keeper.done() == set()
+    worker.half.release_lease("a-lease")
+    assert keeper.done() == {"a"}
+    assert keeper.done() == set(), "once"
+    assert worker.half._reqs_to_send.keys() == worker.half._lease_ids.keys() == worker.half._reqs_to_process == {"b"}
+    assert worker.half.xfer_stats.data["num_kv_expired_reqs"] == []
+
+
+def test_a_lease_that_is_released_before_it_is_held_is_let_go_as_soon_as_it_is(worker: Worker) -> None:
+    worker.half.release_lease("a-lease")
+    assert Keeper(worker, "a", "b").done() == {"a"}
+
+
+def test_a_release_that_nobody_ever_needs_is_forgotten(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.half.release_lease("never-held")
+    monkeypatch.setattr(kv_worker, "_RELEASE_SECONDS", 0.0)
+    Keeper(worker, "a").done()
+    assert worker.half._released == {}
+
+
+def test_a_lease_that_runs_out_is_counted_as_expired(worker: Worker) -> None:
+    keeper = Keeper(worker, "a", seconds=0.0)
+    assert keeper.done() == {"a"}
+    assert len(worker.half.xfer_stats.data["num_kv_expired_reqs"]) == 1
+    assert worker.half._lease_ids == {}

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from router.health import PROBE_ID_PREFIX
 from router.types import Role
 
 Behaviour = Callable[["ScriptedEngine", web.Request, "Seen"], Awaitable[web.StreamResponse]]
@@ -51,6 +52,13 @@ class ScriptedEngine:
         self.behaviour: Behaviour = answer_prefill if role is Role.PREFILL else answer_decode
         self.seen: list[Seen] = []
         self.health_status = 200
+        self.can_generate = True  # for health checks; what requests get is the behaviour's
+        self.num_probes = 0
+        self.probe_delay = 0.0
+        self.last_probe = b""
+        self.aborted: list[str] = []  # ids of requests that were to be dropped
+        self.released: list[str] = []  # ids of leases
+        self.has_release = True  # False as of stock vLLM
         self.num_slow_checks = 0  # so many health checks from now on get no answer
         self.models: list[dict[str, Any]] = [{"id": MODEL, "object": "model", "max_model_len": 4096}]
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
@@ -83,6 +91,9 @@ class ScriptedEngine:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
         app.router.add_get("/token_parallel/requests/{id}", self._transfer)
+        app.router.add_post("/requests/{id}/abort", self._abort)
+        app.router.add_post("/kv_leases/{id}/release", self._release)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
@@ -112,8 +123,29 @@ class ScriptedEngine:
         told = self.transfers.get(request.match_info["id"])
         return web.json_response(told or {}, status=200 if told else 404)
 
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborted.append(request.match_info["id"])
+        return web.Response(status=204)
+
+    async def _release(self, request: web.Request) -> web.Response:
+        if not self.has_release:
+            return web.Response(status=404)
+        self.released.append(request.match_info["id"])
+        return web.Response(status=204)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        """A token a character."""
+        body = await request.json()
+        text = body.get("prompt") or body["messages"][-1]["content"]
+        return web.json_response({"tokens": [ord(char) for char in text]})
+
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
+        if request.headers.get("X-Request-Id", "").startswith(PROBE_ID_PREFIX):
+            self.num_probes += 1
+            self.last_probe = raw
+            await asyncio.sleep(self.probe_delay)
+            return web.json_response({"choices": []}, status=200 if self.can_generate else 500)
         seen = Seen(
             request.path, {name.lower(): value for name, value in request.headers.items()}, orjson.loads(raw), raw
         )

@@ -56,13 +56,15 @@ def accepted(api: Api, fields: dict[str, Any]) -> GenerationRequest:
 def test_vllm_takes_both_legs_of_what_we_accept(api: Api, fields: dict[str, Any]) -> None:
     model = CompletionRequest if api is Api.COMPLETIONS else ChatCompletionRequest
     request = accepted(api, fields)
-    leg = vars(model.model_validate_json(prefill_body(request)))  # vars: reading chat's max_tokens warns
+    leg = vars(model.model_validate_json(prefill_body(request, "lease")))  # vars: reading chat's max_tokens warns
     assert (leg["n"], leg["max_tokens"], leg["stream"]) == (1, 1, False)
     assert leg["kv_transfer_params"]["do_remote_decode"] is True
+    assert leg["kv_transfer_params"]["tknp_lease_id"] == "lease"
     if api is Api.CHAT and "max_completion_tokens" in fields:
         assert leg["max_completion_tokens"] == 1
-    leg = vars(model.model_validate_json(decode_body(request, PARAMS)))
+    leg = vars(model.model_validate_json(decode_body(request, PARAMS, with_ids=True)))
     assert leg["kv_transfer_params"] == {**PARAMS, "tknp_request_id": "id", "tknp_num_readers": request.num_choices}
+    assert leg["return_token_ids"] is True
     for name in ("n", "seed", "min_tokens", "logprobs", "stream", "echo"):
         assert name not in fields or leg[name] == fields[name]
 

@@ -8,8 +8,6 @@ import pytest
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
 from tests.router.scripted_engine import (
-    KV_PARAMS,
-    MODEL,
     NUM_CHUNKS,
     Behaviour,
     chunk,
@@ -210,11 +208,10 @@ def test_no_engine_alive_is_a_503_with_retry_after(start_stack: StartStack, role
     assert stack.num_seen == 0
 
 
-def test_kv_cache_is_given_back_when_its_decode_leg_was_never_sent(start_stack: StartStack) -> None:
-    stack = start_stack(num_decode=2, num_retries=0, health_check_interval=60.0)
-    stack.decode[0].kill()
-    assert stack.router.complete().status == 502
-    wait_for(lambda: stack.decode[1].seen)
-    release = stack.decode[1].seen[0].body
-    assert release["kv_transfer_params"] == KV_PARAMS
-    assert release["model"] != MODEL  # vLLM refuses it, and notifies the prefill engine because it did
+def test_retries_after_anything_but_a_death_have_a_budget(start_stack: StartStack) -> None:
+    stack = start_stack(num_prefill=2, retry_ratio=0.0, retry_reserve=1)
+    stack.prefill[0].behaviour = stack.prefill[1].behaviour = status(500)
+    for _ in range(3):
+        assert stack.router.complete().status == 502
+    assert stack.router.metric("tknp_retries_total", role="prefill") == 1, "the first request's"
+    assert stack.router.metric("tknp_retries_refused_total") == 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from router.engines import Engine
 from router.errors import EngineFailure
 from router.lifetime import RequestRecord
 from router.relay import StreamRelay
@@ -40,7 +41,8 @@ def relay(pieces: list[bytes]) -> list[bytes]:
 
     async def run() -> None:
         record = RequestRecord("a", Api.CHAT)
-        stream = StreamRelay(Endpoint(Role.DECODE, "http://a:1"), Reply(send), record, lambda gap: None)
+        engine = Engine(Endpoint(Role.DECODE, "http://a:1"))
+        stream = StreamRelay(engine, Reply(send), record, lambda gap: None, None)
         async with asyncio.timeout(10) as limit:
             await stream.run(Response(pieces), limit, 10.0)  # type: ignore[arg-type]
 
@@ -70,7 +72,8 @@ def test_crlf_events_pass() -> None:
     assert b"".join(relay(events)) == b"".join(events)
 
 
-def test_an_endless_event_is_not_kept() -> None:
+def test_an_endless_event_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.relay.MAX_PARTIAL_BYTES", 2**20)
     piece = b"data: " + b"x" * 2**19
     sent = relay([piece] * 8 + [b"\n\n", EVENTS[-1]])
     assert b"".join(sent) == piece * 8 + b"\n\n" + EVENTS[-1]

@@ -1,6 +1,7 @@
 """What an engine's server tells beyond vLLM's own routes. A vLLM endpoint plugin.
 
-`GET /token_parallel`, the state of a decode engine's ranks, and metrics; `GET /kv_traits`, on prefill engines too.
+`GET /token_parallel`, the state of a decode engine's ranks, and metrics; `GET /kv_traits` and the routes of
+services/release.py, on prefill engines too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 
+from services import release
 from services.compatibility import kv_traits
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.rank_metrics import RankMetrics, efficiency_between
@@ -82,12 +84,14 @@ class TokenParallelEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        release.attach(app)
         app.add_api_route("/kv_traits", _read_kv_traits, methods=["GET"])
         app.add_api_route("/token_parallel", _read, methods=["GET"])
         app.add_api_route("/token_parallel/requests/{request_id}", _read_transfer, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         options = TokenParallelOptions.of(args)
+        release.init(engine_client, state)
         state.kv_traits = kv_traits(engine_client.vllm_config)
         state.token_parallel = RankStatus(engine_client, options, args.tensor_parallel_size)
 

@@ -101,6 +101,13 @@ class PartitionedKVCacheManager:
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """Chooses the request's rank and returns the prefix hit there. Until `allocate_slots` succeeds the place is
         tentative: a request that has to wait is looked up, and so placed, again."""
+        owner = self._owner.get(request.request_id)
+        if owner is not None and any(self.get_blocks(request.request_id).blocks):
+            # vLLM looks up whatever has no computed token. So has a request whose only prompt token was pulled, since
+            # the last prompt token is always computed; it stays where its block is.
+            self.placing_rank = owner
+            blocks, num_tokens, boundary = self.managers[owner].get_computed_blocks(request)
+            return blocks, num_tokens, boundary
         hits = [manager.get_computed_blocks(request) for manager in self.managers]
         self._forget(request.request_id)
         requests = self.requests_per_rank()

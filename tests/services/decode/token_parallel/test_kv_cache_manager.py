@@ -158,6 +158,25 @@ def test_a_place_is_tentative_until_slots_are_given() -> None:
     assert manager._expected_blocks.keys() == manager._owner.keys() == {"b"}
 
 
+def test_a_request_that_holds_blocks_stays_on_its_rank_when_it_is_looked_up_again() -> None:
+    manager = partitioned_manager((9, 9))
+    pulled = request("pulled", [7])
+    admit(manager, pulled)
+    assert manager.rank_of("pulled") == 1
+    pulled.num_computed_tokens = 0  # as after a pull of one token: the last prompt token is computed here
+    crowd = [request(f"r{i}", range(100 * i, 100 * i + 90)) for i in (1, 2)]
+    admit(manager, crowd[0])
+    admit(manager, crowd[1])
+    manager.free(crowd[0])
+    assert manager.requests_per_rank() == [0, 2], "rank 0 is the one that a new request would get"
+
+    admit(manager, pulled)
+    assert (manager.rank_of("pulled"), manager.placing_rank) == (1, 1)
+    for req in (pulled, crowd[1]):
+        manager.free(req)
+    assert manager.free_blocks_per_rank() == [8, 8]
+
+
 def test_evicted_blocks_are_no_hit_any_more_on_their_rank_only() -> None:
     manager = partitioned_manager((20, 20))
     one, two = request("a", range(100)), request("b", range(500, 600))

@@ -1,0 +1,55 @@
+"""What a router asks of an engine when a request comes to nothing: to drop it, and the KV cache that is kept for it.
+
+`POST /requests/{id}/abort`        every engine; answers once the engine knows nothing of the request any more
+`POST /kv_leases/{id}/release`     prefill engines; the KV cache under this lease goes with the next step
+
+Without them a client that hangs up between a prefill engine's answer and the decode engine's acceptance would leave its
+KV cache held until vLLM's lease ends, 30 s later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+
+
+class KVLeaseWorker:
+    """Adds a call to the workers of a prefill engine; `--worker-extension-cls`."""
+
+    def release_kv_lease(self, lease_id: str) -> None:
+        """See TokenParallelKVConnector.release_lease."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        get_kv_transfer_group().release_lease(lease_id)
+
+
+EXTENSION = f"{KVLeaseWorker.__module__}.{KVLeaseWorker.__qualname__}"
+
+
+def attach(app: FastAPI) -> None:
+    """Adds the routes."""
+    app.add_api_route("/requests/{request_id:path}/abort", _abort, methods=["POST"], status_code=204)
+    app.add_api_route("/kv_leases/{lease_id}/release", _release, methods=["POST"], status_code=204)
+
+
+def init(engine_client: Any, state: Any) -> None:
+    """What the routes need; called once the engine is there."""
+    state.tknp_engine = engine_client
+
+
+async def _abort(request: Request, request_id: str) -> Response:
+    engine = request.app.state.tknp_engine
+    # The names that vLLM's servers of the two APIs give a request with this X-Request-Id.
+    await engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}"))
+    # The engine takes messages in order: with this answer, the abort before it has happened.
+    await engine.is_sleeping()
+    return Response(status_code=204)
+
+
+async def _release(request: Request, lease_id: str) -> Response:
+    engine = request.app.state.tknp_engine
+    if engine.vllm_config.parallel_config.worker_extension_cls != EXTENSION:
+        raise HTTPException(404, "this engine keeps no KV cache under a lease that can be released")
+    await engine.collective_rpc("release_kv_lease", args=(lease_id,))
+    return Response(status_code=204)

@@ -1,0 +1,156 @@
+"""A client that hangs up, in each phase of its request's life, on real engines: within seconds, and long before vLLM's
+lease of 30 s ends, no block is held on either side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.e2e.conftest import Expected
+from tests.e2e.processes import Service, start_decode, start_prefill, start_router, wait_for
+from tests.e2e.stack import Stack
+from tests.e2e.suite import Ask, answer, answer_streamed, completion, tokens
+
+SOON = 8.0  # s; it takes tenths of one on an idle machine
+
+
+@pytest.fixture(scope="module")
+def stacks(models: Callable[[str], Path], log_dir: Path) -> Iterator[tuple[Stack, Service]]:
+    """A stack with token-parallel decode, and a second decode engine, of which the router knows too."""
+    model = models("llama")
+    prefill, decode = start_prefill(model, log_dir), start_decode(model, log_dir, 2)
+    spare = start_decode(model, log_dir, 1, name="spare")
+    router = start_router(log_dir, [prefill], [decode, spare])
+    try:
+        for engine in (prefill, decode, spare):
+            engine.wait_ready()
+        router.wait_ready("/ready")
+        wait_for(lambda: all(e["up"] for e in router.get("/ready")["engines"]), 60, "every engine being up")
+        yield Stack(prefill, decode, router), spare
+    finally:
+        for service in (router, spare, decode, prefill):
+            service.stop()
+
+
+@contextmanager
+def only(stack: Stack, spare: Service) -> Iterator[Stack]:
+    """Requests go to the token-parallel engine."""
+    name = spare.url.removeprefix("http://")
+    requests.post(f"{stack.router.url}/admin/engines/{name}/drain", timeout=10).raise_for_status()
+    try:
+        yield stack
+    finally:
+        requests.post(f"{stack.router.url}/admin/engines/{name}/resume", timeout=10).raise_for_status()
+
+
+class Client:
+    """Sends one request over a connection that it can cut."""
+
+    def __init__(self, stack: Stack, ask: Ask, name: str, stream: bool) -> None:
+        self._stack = stack
+        self.name = name
+        body = json.dumps({**ask.body, "stream": stream}).encode()
+        self._socket = socket.create_connection(("127.0.0.1", stack.router.port), timeout=60)
+        head = f"POST {ask.path} HTTP/1.1\r\nHost: x\r\nX-Request-Id: {name}\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._socket.sendall(head.encode() + body)
+
+    def wait_for_moment(self, moment: str) -> None:
+        url = f"{self._stack.router.url}/requests/{self.name}"
+        wait_for(lambda: moment in requests.get(url, timeout=10).json().get("moments", ()), 60, moment)
+
+    def hang_up(self) -> None:
+        self._socket.close()
+
+
+@contextmanager
+def paused(service: Service) -> Iterator[None]:
+    """Stops the engine's HTTP server; its scheduler and workers go on."""
+    pid = service.server_pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+LONG = 900  # tokens, in chunks of 64: a prefill that takes a while
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_during_prefill(stacks: tuple[Stack, Service], stream: bool) -> None:
+    with only(*stacks) as stack:
+        client = Client(stack, completion(tokens(LONG, 1), 8), f"in-prefill-{stream}", stream)
+        client.wait_for_moment("prefill_sent")
+        client.hang_up()
+        stack.wait_idle(SOON)
+        assert stack.router.get(f"/requests/{client.name}")["outcome"] == "cancelled"
+
+
+def test_between_the_end_of_prefill_and_its_answer(stacks: tuple[Stack, Service]) -> None:
+    """The engine has computed the prompt and keeps its KV; the answer that says where never arrives."""
+    with only(*stacks) as stack:
+        client = Client(stack, completion(tokens(LONG, 2), 8), "prefill-unheard", True)
+        client.wait_for_moment("prefill_sent")
+        wait_for(lambda: stack.prefill.metric("vllm:kv_cache_usage_perc") > 0, 30, "the prefill running")
+        with paused(stack.prefill):
+            time.sleep(3.0)
+            client.hang_up()
+            time.sleep(0.3)
+        stack.wait_idle(SOON)
+        assert stack.prefill.metric("vllm:nixl_num_kv_expired_reqs_total") == 0
+
+
+def test_before_the_decode_engine_has_taken_the_request(stacks: tuple[Stack, Service]) -> None:
+    """The decode engine's server finds a request and its hang-up together, and tells nobody."""
+    with only(*stacks) as stack:
+        with paused(stack.decode):
+            client = Client(stack, completion(tokens(LONG, 3), 8), "decode-untaken", True)
+            client.wait_for_moment("decode_sent")
+            client.hang_up()
+            time.sleep(0.3)
+        stack.wait_idle(SOON)
+        released = stack.router.metric("tknp_kv_leases_total", end="released")
+        assert released >= 1
+        assert stack.prefill.metric("vllm:nixl_num_kv_expired_reqs_total") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_while_decode_runs(stacks: tuple[Stack, Service], stream: bool) -> None:
+    with only(*stacks) as stack:
+        client = Client(stack, completion(tokens(100, 4), 800), f"in-decode-{stream}", stream)
+        client.wait_for_moment("first_token" if stream else "decode_sent")
+        if not stream:
+            wait_for(lambda: any(r["num_requests"] for r in stack.ranks()), 30, "the request running")
+        client.hang_up()
+        stack.wait_idle(SOON)
+
+
+def test_a_stream_outlives_its_decode_engine(stacks: tuple[Stack, Service], plain_llama: Expected) -> None:
+    """The last test of this file: it kills a decode engine."""
+    stack, spare = stacks
+    ask = completion(tokens(120, 5), 400)
+    (expected,) = plain_llama([ask])
+    with only(*stacks):
+        assert answer(stack.router, ask) == expected
+    name = spare.url.removeprefix("http://")
+    with only(*stacks):
+        got: list[list[list[int]]] = []
+        thread = threading.Thread(target=lambda: got.append(answer_streamed(stack.router, ask)))
+        thread.start()
+        wait_for(lambda: sum(r["num_requests"] for r in stack.ranks()), 60, "the stream running")
+        time.sleep(0.5)
+    os.kill(stack.ranks()[1]["pid"], signal.SIGKILL)
+    thread.join(120)
+    assert got == [expected], f"{name} should have gone on where the other engine died"
+    assert stack.router.metric("tknp_stream_continuations_total") == 1
+    wait_for(lambda: stack.prefill.metric("vllm:kv_cache_usage_perc") == 0, 60, "the prefill engine's pool being empty")
