@@ -49,7 +49,7 @@ class Tally:
         if seen.end in (End.LOST, End.WRONG):
             self.trouble(seen.end, f"{job.id} ({job.behaviour}, {job.ask.path}): {seen.detail}")
         elif seen.end is End.ERROR:
-            self.error_messages[seen.detail[:160]] += 1
+            self.error_messages[seen.detail[:400]] += 1
         elif seen.end is End.ANSWERED and job.prompt is not None:
             self._compare(job, seen.token_ids)
 

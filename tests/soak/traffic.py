@@ -218,7 +218,8 @@ def _stream(body: bytes, job: Job) -> Seen:
     if not events or events[-1] != b"[DONE]":
         for event in events[-2:]:
             if event.startswith(b'{"error"'):
-                return Seen(End.ERROR, f"in the stream: {json.loads(event)['error']['message'][:200]}")
+                message = json.loads(event)["error"]["message"][:100]
+                return Seen(End.ERROR, f"in the stream of {_shortened(job)}: {message}")
         return Seen(End.LOST, f"a stream without an end after {len(events)} events: {body[-100:]!r}")
     by_choice: dict[int, list[int]] = {}
     for event in events[:-1]:
