@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test install browser lock clean
+.PHONY: help serve test soak install browser lock clean
 
 VENV ?= .venv
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+PRESET ?= short
 SMALL_MODEL := .models/llama
 
 # The first of these that runs, is in range, and can make a virtual environment (Debian packages that part by itself).
@@ -34,6 +35,9 @@ test: install browser ## Everything that CI runs; stops at the first stage that 
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pytest
+
+soak: install ## Mixed traffic, hang-ups and engine faults on the real stack (PRESET=short, thousand or hour)
+	$(VENV)/bin/python -m tests.soak $(PRESET) --log-dir logs/soak --output logs/soak/summary.json
 
 install: $(STAMP) ## Make the virtual environment and install into it; does nothing when it is up to date
 

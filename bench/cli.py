@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Benchmarks, on the real engines.", no_args_is_help=True)
+app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Benchmarks, on the real engines."""
+    """Benchmarks."""
 
 
 @app.command()
@@ -40,3 +40,44 @@ def decode(
             output.parent.mkdir(parents=True, exist_ok=True)
             record = {"environment": environment(), "rows": known + [vars(row) for row in rows]}
             output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@app.command()
+def router(
+    streams: Annotated[
+        list[int], typer.Option(min=1, help="Streams at once; give it several times.", show_default="1, 64, 512, 2000")
+    ] = [],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each load; medians and their spread are kept.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each load, at least.")] = 3.0,
+    name: Annotated[
+        list[str], typer.Option("--router", help="Only these: tknp, vllm-router, ...; give it several times.")
+    ] = [],  # noqa: B006
+    mode: Annotated[list[str], typer.Option(help="Only these: one-leg, two-leg.")] = [],  # noqa: B006
+    router_args: Annotated[str, typer.Option(help="Options of `tknp router` for ours, in one string.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Ours alone, for seconds: whether it works.")] = False,
+    peers_dir: Annotated[
+        Path, typer.Option(help="Virtual environment for the routers to compare with; made if it is not there.")
+    ] = Path(".venv-peers"),
+    output: Annotated[Path | None, typer.Option(help="JSON file for the rows, the summary and every run.")] = None,
+    log_dir: Annotated[Path, typer.Option(help="Folder for each router's output.")] = Path("logs/bench-router"),
+) -> None:
+    """Our router against others, in front of engines that cost nothing.
+
+    Two cores: the router has one, client and engines the other.
+    """
+    import shlex
+    from dataclasses import replace
+
+    from bench.router.report import record, rows, table
+    from bench.router.run import Comparison, Plan, compare
+
+    plan = Plan(repeats=repeats, seconds=seconds, routers=tuple(name), modes=tuple(mode))
+    plan = Plan.quick() if quick else replace(plan, concurrencies=tuple(streams) or plan.concurrencies)
+    plan = replace(plan, our_options=tuple(shlex.split(router_args)), peers_dir=peers_dir, log_dir=log_dir)
+
+    def keep(known: Comparison) -> None:
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(record(known.results, known.environment), indent=1) + "\n")
+
+    typer.echo(table(rows(compare(plan, typer.echo, keep).results)))

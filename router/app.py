@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import resource
 import sys
 from collections.abc import AsyncIterator
@@ -123,6 +124,8 @@ def run(settings: RouterSettings) -> None:
     """Serves until SIGTERM or SIGINT. Exits with status 3, as uvicorn does, if it can't start."""
     configure_logging()
     raise_open_files_limit()
+    # A full collection walks the objects of every stream: with 2,000 of them it held all up for 130 to 300 ms.
+    gc.set_threshold(100_000, 50, 1000)
     server = make_server(settings)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it once more after it has shut down
         server.run()

@@ -1,0 +1,1 @@
+"""`tknp bench router`: routers against one another, in front of engines that cost nothing."""

@@ -1,0 +1,208 @@
+"""From single runs to rows, the summary and the table.
+
+What a request and a streamed chunk cost comes from two loads that differ in nothing but the chunks of a stream: with
+CPU time c, r requests and e chunks in each, c = a r + b e has one solution (a, b). Chunks are paced, so that none are
+read together with others.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from bench.router.load import Result
+from bench.router.peers import DIRECT, OURS, Mode
+
+NOISY = 0.10
+"""Share of the two cores that others may use in a run that counts, unless all runs had more."""
+FAST, PACED, FEW = "fast", "paced", "few"
+"""Loads: streams as fast as they go; paced streams; paced streams of few chunks."""
+REFERENCE, HTTPX = "vllm-router", "fastapi-httpx"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and largest of several runs."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        return cls(*(round(f(values), 2) for f in (statistics.median, min, max))) if values else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One router in one mode at one number of streams.
+
+    Added times are the difference to the client that goes straight to the engine, in microseconds. CPU is in
+    microseconds, at the number of streams where it was taken apart, None elsewhere.
+    """
+
+    router: str
+    mode: str
+    concurrency: int
+    requests_per_second: Spread | None
+    added_first_token_p50_us: Spread | None
+    added_first_token_p99_us: Spread | None
+    added_per_token_p50_us: Spread | None
+    added_per_token_p99_us: Spread | None
+    cpu_per_request_us: Spread | None
+    cpu_per_chunk_us: Spread | None
+    cpu_per_paced_stream_us: Spread | None
+    rss_mib: list[float | None]
+    num_errors: int
+    num_restarts: int
+    num_runs: int
+    num_noisy_runs: int
+
+
+def rows(results: Sequence[Result]) -> list[Row]:
+    """One for each router, mode and number of streams, in the order of their first runs."""
+    key: Callable[[Result], tuple[str, str, int]] = lambda r: (r.router, r.mode, r.concurrency)  # noqa: E731
+    routed = [r for r in results if r.router != DIRECT]
+    order = list(dict.fromkeys(key(r) for r in routed))
+    found = {k: list(g) for k, g in groupby(sorted(routed, key=key), key)}
+    baseline = {
+        (r.load, r.concurrency): _quiet([o for o in results if _same_load(o, r)]) for r in results if r.router == DIRECT
+    }
+    return [_row(found[k], baseline) for k in order]
+
+
+def _same_load(one: Result, other: Result) -> bool:
+    return (one.router, one.load, one.concurrency) == (other.router, other.load, other.concurrency)
+
+
+def _row(runs: list[Result], baseline: dict[tuple[str, int], list[Result]]) -> Row:
+    first = runs[0]
+    fast, paced, few = ([r for r in runs if r.load == name] for name in (FAST, PACED, FEW))
+    direct = baseline.get((PACED, first.concurrency), [])
+
+    def added(field: str) -> Spread | None:
+        base = [v for r in direct if (v := getattr(r, field)) is not None]
+        values = [v for r in _quiet(paced) if (v := getattr(r, field)) is not None]
+        if not base or not values:
+            return None
+        return Spread.of([value - statistics.median(base) for value in values])
+
+    costs = [solution for pair in zip(paced, few, strict=False) if (solution := cost(*pair)) is not None]
+    return Row(
+        router=first.router,
+        mode=first.mode,
+        concurrency=first.concurrency,
+        requests_per_second=Spread.of([r.requests_per_second for r in _quiet(fast)]),
+        added_first_token_p50_us=added("first_token_p50_us"),
+        added_first_token_p99_us=added("first_token_p99_us"),
+        added_per_token_p50_us=added("delivery_p50_us"),
+        added_per_token_p99_us=added("delivery_p99_us"),
+        cpu_per_request_us=Spread.of([a * 1e6 for a, _ in costs]),
+        cpu_per_chunk_us=Spread.of([b * 1e6 for _, b in costs]),
+        cpu_per_paced_stream_us=Spread.of(
+            [(r.router_cpu_seconds or 0.0) / r.num_requests * 1e6 for r in _quiet(paced) if r.num_requests]
+        ),
+        rss_mib=[r.rss_after_mib for r in runs],
+        num_errors=sum(r.num_errors for r in runs),
+        num_restarts=sum(r.died for r in runs),
+        num_runs=len(runs),
+        num_noisy_runs=sum(r.foreign_cpu > NOISY for r in runs),
+    )
+
+
+def cost(many: Result, few: Result) -> tuple[float, float] | None:
+    """Seconds of CPU for a request and for a chunk; None where a router died or the loads don't tell them apart."""
+    if many.died or few.died or many.router_cpu_seconds is None or few.router_cpu_seconds is None:
+        return None
+    determinant = many.num_requests * few.num_events - few.num_requests * many.num_events
+    if not determinant:
+        return None
+    request = many.router_cpu_seconds * few.num_events - few.router_cpu_seconds * many.num_events
+    chunk = many.num_requests * few.router_cpu_seconds - few.num_requests * many.router_cpu_seconds
+    return request / determinant, chunk / determinant
+
+
+def _quiet(runs: Iterable[Result]) -> list[Result]:
+    runs = list(runs)
+    return [r for r in runs if r.foreign_cpu <= NOISY] or runs
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures by which our router is judged. Each ratio that exists for both modes is the worse one."""
+    by_mode: dict[str, dict[str, float]] = {}
+    for mode in Mode:
+        ratios = {
+            "cpu_per_request_ratio": _ratio(rows, mode, REFERENCE, "cpu_per_request_us"),
+            "cpu_per_chunk_ratio": _ratio(rows, mode, REFERENCE, "cpu_per_chunk_us"),
+        }
+        by_mode[mode.value] = {name: value for name, value in ratios.items() if value is not None}
+    worst = {
+        name: max((found[name] for found in by_mode.values() if name in found), default=None)
+        for name in ("cpu_per_request_ratio", "cpu_per_chunk_ratio")
+    }
+    ours = [row for row in rows if row.router == OURS]
+    largest = max((row.concurrency for row in ours), default=0)
+    httpx = {
+        str(row.concurrency): ratio
+        for row in ours
+        if row.mode == Mode.ONE_LEG
+        and (ratio := _ratio(rows, Mode.ONE_LEG, HTTPX, "requests_per_second", row.concurrency)) is not None
+    }
+    return {
+        **worst,
+        # Where a proxy has something to do at once, and its pool of connections is not yet what is measured.
+        "requests_per_second_ratio_httpx": httpx.get("64"),
+        "errors_at_2000": sum(r.num_errors for r in ours if r.concurrency == 2000) if largest == 2000 else None,
+        "restarts": sum(row.num_restarts for row in ours),
+        "by_mode": by_mode,
+        "requests_per_second_ratio_httpx_by_streams": httpx,
+        "memory_at_most_streams_mib": {row.mode: row.rss_mib for row in ours if row.concurrency == largest},
+    }
+
+
+def _ratio(rows: Sequence[Row], mode: Mode, other: str, field: str, concurrency: int | None = None) -> float | None:
+    """Ours over the other's, both in the same mode and at the same number of streams."""
+    found: dict[str, float] = {}
+    for row in rows:
+        spread: Spread | None = getattr(row, field)
+        if row.mode == mode and spread is not None and concurrency in (None, row.concurrency):
+            found[row.router] = spread.median
+    return round(found[OURS] / found[other], 2) if found.get(OURS) is not None and found.get(other) else None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """For people. A star stands where others used more than a tenth of the two cores in every run."""
+    head = (
+        f"{'router':15} {'mode':8} {'streams':>7} {'req/s':>8} {'first token +us':>17} {'per token +us':>16} "
+        f"{'us/request':>10} {'us/chunk':>8} {'RSS MiB':>8} {'errors':>6}"
+    )
+    lines = [head, f"{'':15} {'':8} {'':>7} {'':>8} {'p50':>8} {'p99':>8} {'p50':>7} {'p99':>8}"]
+    for row in rows:
+        noisy = "*" if row.num_noisy_runs == row.num_runs else " "
+        rss = row.rss_mib[-1] if row.rss_mib and row.rss_mib[-1] is not None else float("nan")
+        lines.append(
+            f"{row.router:15} {row.mode:8} {row.concurrency:7} {_cell(row.requests_per_second, 8)} "
+            f"{_cell(row.added_first_token_p50_us, 8)} {_cell(row.added_first_token_p99_us, 8)} "
+            f"{_cell(row.added_per_token_p50_us, 7)} {_cell(row.added_per_token_p99_us, 8)} "
+            f"{_cell(row.cpu_per_request_us, 10)} {_cell(row.cpu_per_chunk_us, 8, 1)} "
+            f"{rss:8.0f} {row.num_errors:6}{noisy}"
+        )
+    return "\n".join(lines)
+
+
+def _cell(spread: Spread | None, width: int, digits: int = 0) -> str:
+    return f"{spread.median:{width}.{digits}f}" if spread is not None else " " * (width - 1) + "-"
+
+
+def record(results: Sequence[Result], environment: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON file holds."""
+    found = rows(results)
+    return {
+        **summary(found),
+        "environment": environment,
+        "rows": [asdict(row) for row in found],
+        "runs": [asdict(result) for result in results],
+    }

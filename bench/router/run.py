@@ -1,0 +1,212 @@
+"""Runs the comparison: every router by itself, the same loads one after the other, several times."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from bench.router.engine import FakeEngine
+from bench.router.load import Load, Result, pin, request_body, run_load
+from bench.router.peers import DIRECT, REQUIREMENTS, ROUTERS, Mode, PeersMissingError, Router, Start, install, versions
+from bench.router.process import RouterFailedError, RouterProcess, free_port
+from bench.router.report import FAST, FEW, PACED
+from tknp import __version__
+
+STREAMS_PER_SECOND = 250.0
+"""Of paced loads, at most: a quarter to a half of what one core of our router does."""
+COST_CONCURRENCY = 64
+"""Streams at once where the CPU of a request and of a chunk are told apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    concurrencies: tuple[int, ...] = (1, 64, 512, 2000)
+    repeats: int = 3
+    seconds: float = 3.0
+    num_events: int = 16
+    routers: tuple[str, ...] = ()  # names; empty is all
+    modes: tuple[str, ...] = ()
+    our_options: tuple[str, ...] = ()
+    peers_dir: Path = Path(".venv-peers")
+    log_dir: Path = Path("logs/bench-router")
+
+    @classmethod
+    def quick(cls) -> Plan:
+        """A smoke test: ours alone, seconds."""
+        return cls(concurrencies=(8, 64), repeats=1, seconds=0.5, routers=("tknp",))
+
+    def loads(self) -> Iterator[Load]:
+        cost = COST_CONCURRENCY if COST_CONCURRENCY in self.concurrencies else self.concurrencies[-1]
+        for concurrency in self.concurrencies:
+            # Few streams don't reach the rate: one at a time gets its events 2 ms apart, others last half a second.
+            period = max(concurrency / STREAMS_PER_SECOND, 0.5) if concurrency > 1 else 0.002 * self.num_events
+            yield Load(FAST, concurrency, 8, self.seconds)
+            yield Load(PACED, concurrency, self.num_events, self.seconds, period)
+            if concurrency == cost:
+                yield Load(FEW, concurrency, 2, self.seconds, period)
+
+    def chosen(self) -> list[Router]:
+        named = [r for r in ROUTERS if not self.routers or r.name in self.routers]
+        return [r for r in named if not self.modes or r.mode in self.modes]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    results: list[Result]
+    environment: dict[str, Any]
+
+
+def compare(plan: Plan, tell: Callable[[str], None], keep: Callable[[Comparison], None]) -> Comparison:
+    """Measures everything in the plan.
+
+    Args:
+        tell: gets one line for each step.
+        keep: gets what is known after each router, so that an interrupted run leaves what it had.
+    """
+    chosen = plan.chosen()
+    not_measured: dict[str, str] = {}
+    python = Path()
+    if any(not router.is_ours for router in chosen):
+        tell(f"Installing {', '.join(REQUIREMENTS[:4])} and what they need into {plan.peers_dir}")
+        try:
+            python = install(plan.peers_dir.absolute())
+        except PeersMissingError as error:
+            tell(str(error))
+            not_measured = {f"{r.name} {r.mode}": str(error) for r in chosen if not r.is_ours}
+            chosen = [router for router in chosen if router.is_ours]
+    environment = {**_environment(plan), "not_measured": not_measured}
+    if python.name:
+        environment["versions"] |= versions(python)
+    known = Comparison([], environment)
+    with _two_cores() as cores:
+        uvloop.run(_compare(plan, chosen, python, cores, known, tell, keep))
+    return known
+
+
+async def _compare(
+    plan: Plan,
+    routers: Sequence[Router],
+    python: Path,
+    cores: tuple[int, int],
+    known: Comparison,
+    tell: Callable[[str], None],
+    keep: Callable[[Comparison], None],
+) -> None:
+    engines = FakeEngine(), FakeEngine()
+    for engine in engines:
+        await engine.start()
+    try:
+        known.results.extend(await _direct(plan, engines, cores, tell))
+        for router in routers:
+            try:
+                known.results.extend(await _measure(plan, router, python, engines, cores, tell))
+            except RouterFailedError as error:
+                tell(str(error))
+                known.environment["not_measured"][f"{router.name} {router.mode}"] = str(error)
+            keep(known)
+    finally:
+        for engine in engines:
+            await engine.stop()
+
+
+async def _direct(
+    plan: Plan, engines: tuple[FakeEngine, FakeEngine], cores: tuple[int, int], tell: Callable[[str], None]
+) -> list[Result]:
+    """The client straight to the engine: what every added time is measured from."""
+    results = []
+    for _ in range(plan.repeats):
+        for load in plan.loads():
+            result = await run_load(load, Mode.ONE_LEG, engines, engines[1].port, cores)
+            tell(_line(result))
+            results.append(result)
+    return results
+
+
+async def _measure(
+    plan: Plan,
+    router: Router,
+    python: Path,
+    engines: tuple[FakeEngine, FakeEngine],
+    cores: tuple[int, int],
+    tell: Callable[[str], None],
+) -> list[Result]:
+    """One router, in one life unless it dies; its memory is followed over all repeats."""
+    prefill, decode = engines
+    results: list[Result] = []
+    process: RouterProcess | None = None
+    try:
+        for _ in range(plan.repeats):
+            for load in plan.loads():
+                if process is None or not process.is_alive:
+                    start = Start(python, free_port(), free_port(), prefill.url, decode.url, plan.our_options)
+                    log = plan.log_dir / f"{router.name}-{router.mode}.log"
+                    process = RouterProcess(router.name, router.command(start), start.port, cores[0], log)
+                    await asyncio.to_thread(process.wait_ready, request_body(router.mode, 1, stream=False))
+                    warm_up = replace(load, name="warm-up", seconds=0.5, period=0.0, concurrency=8)
+                    await run_load(warm_up, router.mode, engines, process.port, cores, process)
+                result = await run_load(load, router.mode, engines, process.port, cores, process)
+                tell(_line(result))
+                results.append(result)
+    finally:
+        if process is not None:
+            await asyncio.to_thread(process.stop)
+    return results
+
+
+@contextmanager
+def _two_cores() -> Iterator[tuple[int, int]]:
+    """The router's core and this process's, to which it is pinned for as long as the block runs."""
+    allowed = sorted(os.sched_getaffinity(0))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))  # two sockets a stream; routers inherit it
+    try:
+        pin(allowed[-1])
+        yield allowed[0], allowed[-1]
+    finally:
+        os.sched_setaffinity(0, allowed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def _line(result: Result) -> str:
+    cpu = f", {result.router_cpu_seconds:.2f} s of CPU" if result.router != DIRECT else ""
+    errors = f", ERRORS {result.errors}" if result.errors else ""
+    died = ", DIED" if result.died else ""
+    return (
+        f"{result.router} {result.mode} {result.load} {result.concurrency}: {result.num_requests} requests, "
+        f"{result.requests_per_second:.0f}/s{cpu}, others used {result.foreign_cpu:.0%}{errors}{died}"
+    )
+
+
+def _environment(plan: Plan) -> dict[str, Any]:
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(plan).items()}
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "num_cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {"tknp": __version__, "uvloop": version("uvloop")},
+        "plan": settings,
+        "loads": [asdict(load) for load in plan.loads()],
+    }

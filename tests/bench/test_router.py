@@ -1,0 +1,145 @@
+"""The benchmark of routers: really run, small, with ours; and what it makes of its runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.cli import app
+from bench.router import peers
+from bench.router.load import Load, Result
+from bench.router.peers import DIRECT, OURS, Mode
+from bench.router.report import FAST, FEW, PACED, cost, record, rows, summary, table
+from bench.router.run import Plan
+
+RESULT = Result(
+    router=OURS,
+    mode=Mode.ONE_LEG,
+    load=PACED,
+    concurrency=64,
+    num_events_per_stream=16,
+    seconds=4.0,
+    num_requests=1000,
+    num_events=16_000,
+    events_per_read=1.0,
+    requests_per_second=250.0,
+    router_cpu_seconds=0.2 + 16 * 0.02,
+    first_token_p50_us=600.0,
+    first_token_p99_us=900.0,
+    delivery_p50_us=200.0,
+    delivery_p99_us=300.0,
+    rss_before_mib=60.0,
+    rss_peak_mib=64.0,
+    rss_after_mib=62.0,
+    num_errors=0,
+    errors={},
+    died=False,
+    foreign_cpu=0.01,
+    load_cpu=0.4,
+)
+
+
+def runs_of(router: str, mode: Mode, per_request: float, per_chunk: float, per_second: float) -> list[Result]:
+    """Three loads whose CPU is what the costs, in seconds, make it."""
+
+    def run(load: str, num_events: int) -> Result:
+        cpu = 1000 * per_request + 1000 * num_events * per_chunk
+        return replace(
+            RESULT,
+            router=router,
+            mode=mode,
+            load=load,
+            num_events=1000 * num_events,
+            router_cpu_seconds=cpu,
+            requests_per_second=per_second,
+        )
+
+    return [run(FAST, 8), run(PACED, 16), run(FEW, 2)]
+
+
+def test_it_runs(tmp_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    output = tmp_path / "router.json"
+    done = CliRunner().invoke(app, ["router", "--quick", "--output", str(output), "--log-dir", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(output.read_text())
+    assert {(row["router"], row["mode"], row["concurrency"]) for row in found["rows"]} == {
+        (OURS, mode, concurrency) for mode in Mode for concurrency in (8, 64)
+    }
+    for row in found["rows"]:
+        assert row["num_errors"] == row["num_restarts"] == 0
+        assert row["requests_per_second"]["median"] > 50
+        assert row["rss_mib"][-1] > 20
+        if row["concurrency"] == 64:
+            assert 20 < row["cpu_per_request_us"]["median"] < 50_000
+            assert row["added_first_token_p50_us"]["median"] > 0
+    assert all(run["num_events"] == run["num_requests"] * run["num_events_per_stream"] for run in found["runs"])
+    assert found["restarts"] == 0 and found["environment"]["not_measured"] == {}
+    assert os.sched_getaffinity(0) == cores, "this process stayed pinned to one core"
+
+
+def test_cost_of_a_request_and_of_a_chunk_are_told_apart() -> None:
+    _, many, few = runs_of(OURS, Mode.ONE_LEG, 200e-6, 20e-6, 1000)
+    found = cost(many, few)
+    assert found is not None and found == pytest.approx((200e-6, 20e-6))
+    assert cost(many, many) is None, "one load does not tell them apart"
+    assert cost(replace(many, died=True), few) is None
+
+
+def test_the_summary_compares_like_with_like_and_keeps_the_worse_mode() -> None:
+    results = [
+        *runs_of(OURS, Mode.ONE_LEG, 180e-6, 30e-6, 4000),
+        *runs_of("vllm-router", Mode.ONE_LEG, 100e-6, 20e-6, 9000),
+        *runs_of("fastapi-httpx", Mode.ONE_LEG, 900e-6, 80e-6, 400),
+        *runs_of(OURS, Mode.TWO_LEG, 400e-6, 30e-6, 2000),
+        *runs_of("vllm-router", Mode.TWO_LEG, 160e-6, 25e-6, 5000),
+        replace(RESULT, mode=Mode.TWO_LEG, concurrency=2000, num_errors=3, errors={"status 503": 3}),
+    ]
+    found = summary(rows(results))
+    assert found["by_mode"] == {
+        "one-leg": {"cpu_per_request_ratio": 1.8, "cpu_per_chunk_ratio": 1.5},
+        "two-leg": {"cpu_per_request_ratio": 2.5, "cpu_per_chunk_ratio": 1.2},
+    }
+    assert (found["cpu_per_request_ratio"], found["cpu_per_chunk_ratio"]) == (2.5, 1.5)
+    assert found["requests_per_second_ratio_httpx"] == 10.0
+    assert found["errors_at_2000"] == 3
+    assert record(results, {})["runs"][0]["router"] == OURS
+    assert "fastapi-httpx" in table(rows(results))
+
+
+def test_added_times_are_differences_to_the_client_without_a_router() -> None:
+    direct = replace(RESULT, router=DIRECT, first_token_p50_us=100.0, delivery_p99_us=120.0)
+    (row,) = rows([direct, RESULT])
+    assert row.added_first_token_p50_us is not None and row.added_first_token_p50_us.median == 500.0
+    assert row.added_per_token_p99_us is not None and row.added_per_token_p99_us.median == 180.0
+
+
+def test_runs_that_others_disturbed_count_only_if_there_are_no_others() -> None:
+    fast = replace(RESULT, load=FAST, requests_per_second=1000.0)
+    noisy = replace(fast, requests_per_second=300.0, foreign_cpu=0.5)
+    (row,) = rows([fast, noisy])
+    assert row.requests_per_second is not None and row.requests_per_second.low == 1000.0
+    assert (row.num_runs, row.num_noisy_runs) == (2, 1)
+    (row,) = rows([noisy, noisy])
+    assert row.requests_per_second is not None and row.requests_per_second.median == 300.0
+
+
+def test_peers_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "REQUIREMENTS", ("tknp-no-such-package==1.0",))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(peers.PeersMissingError, match=r"can't be installed into .*measure only ours"):
+        peers.install(tmp_path / "peers")
+
+
+def test_paced_loads_keep_the_rate_within_what_a_router_can_do() -> None:
+    for load in Plan().loads():
+        if load.name != FAST and load.concurrency > 1:
+            assert load.concurrency / load.period <= 250
+            assert load.interval * load.num_events == pytest.approx(load.period)
+    assert Load(PACED, 1, 16, 3.0, 0.032).num_rounds == 94

@@ -1,0 +1,295 @@
+"""One soak, from starting the engines to the summary."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.e2e.processes import Service, start_router
+from tests.soak.engines import SoakEngine
+from tests.soak.plan import SoakPlan
+from tests.soak.traffic import Behaviour, End, Job, Mix, Seen, ask
+from tknp.launch.guard import descendants
+
+EXCUSED_SECONDS = 10.0
+"""After a fault's end requests may still fail of it; the router checks engines every second."""
+NUM_KEPT = 20
+"""Of each kind of trouble, so many are told in full."""
+
+
+@dataclass
+class Tally:
+    """What came of the requests so far."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    behaviours: Counter[str] = field(default_factory=Counter)
+    hang_ups_by_phase: Counter[str] = field(default_factory=Counter)  # the last moment before the client was gone
+    faults: list[str] = field(default_factory=list)
+    troubles: dict[str, list[str]] = field(default_factory=dict)
+    error_messages: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the longest so far, by prompt
+    num_compared: int = 0
+    rss: list[tuple[float, float]] = field(default_factory=list)  # seconds, MiB
+
+    def add(self, job: Job, seen: Seen) -> None:
+        self.ends[seen.end] += 1
+        self.behaviours[job.behaviour] += 1
+        if seen.end in (End.LOST, End.WRONG):
+            self.trouble(seen.end, f"{job.id} ({job.behaviour}, {job.ask.path}): {seen.detail}")
+        elif seen.end is End.ERROR:
+            self.error_messages[seen.detail[:400]] += 1
+        elif seen.end is End.ANSWERED and job.prompt is not None:
+            self._compare(job, seen.token_ids)
+
+    def _compare(self, job: Job, token_ids: tuple[int, ...]) -> None:
+        """Greedy answers to one prompt differ in length alone."""
+        assert job.prompt is not None
+        known = self.answers.get(job.prompt)
+        if known is None:
+            self.answers[job.prompt] = token_ids
+            return
+        self.num_compared += 1
+        shared = min(len(known), len(token_ids))
+        if known[:shared] != token_ids[:shared]:
+            self.trouble(
+                "different tokens", f"{job.id}: {token_ids[:shared]} where another request got {known[:shared]}"
+            )
+        elif len(token_ids) > len(known):
+            self.answers[job.prompt] = token_ids
+
+    def trouble(self, kind: str, what: str) -> None:
+        self.troubles.setdefault(kind, []).append(what)
+
+
+class Soak:
+    def __init__(self, plan: SoakPlan, engines: list[SoakEngine], router: Service, tell: Callable[[str], None]) -> None:
+        self._plan = plan
+        self._engines = engines
+        self._router = router
+        self._tell = tell
+        self._tally = Tally()
+        self._mix = Mix(plan)
+        self._chaos = random.Random(plan.seed + 1)
+        self._begin = time.monotonic()
+        self._excused_until = 0.0
+        self._num_under_way = 0
+        self._looking: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> dict[str, Any]:
+        """The summary; `ok` says whether all of it is as it must be."""
+        open_before = self._num_open_files()
+        watch = asyncio.create_task(self._watch())
+        faults = asyncio.create_task(self._faults())
+        try:
+            await asyncio.gather(*(self._client() for _ in range(self._plan.concurrency)))
+            faults.cancel()
+            await asyncio.gather(faults, return_exceptions=True)
+            seconds = time.monotonic() - self._begin
+            await asyncio.gather(*self._looking)
+            settled = await self._settle(open_before)
+        finally:
+            watch.cancel()
+        return self._summary(seconds, settled)
+
+    # traffic
+
+    def _is_over(self) -> bool:
+        if self._plan.num_requests:
+            return sum(self._tally.behaviours.values()) + self._num_under_way >= self._plan.num_requests
+        return time.monotonic() - self._begin >= self._plan.seconds
+
+    async def _client(self) -> None:
+        while not self._is_over():
+            job = self._mix.draw()
+            self._num_under_way += 1
+            seen = await ask(self._router.port, job, self._plan.request_timeout)
+            self._num_under_way -= 1
+            self._tally.add(job, seen)
+            if seen.end is End.ERROR and time.monotonic() > self._excused_until:
+                self._tally.trouble("error without a fault", f"{job.id}: {seen.detail}")
+            if job.behaviour.hangs_up and seen.end is End.HUNG_UP:
+                task = asyncio.create_task(self._see_hang_up(job))
+                self._looking.add(task)
+                task.add_done_callback(self._looking.discard)
+            if seen.end is End.ERROR:
+                await asyncio.sleep(0.5)  # Retry-After, in short
+
+    async def _see_hang_up(self, job: Job) -> None:
+        """In which phase the client went, by the router's own record; and that the router noticed within a second."""
+        await asyncio.sleep(1.0)
+        reply = await asyncio.to_thread(requests.get, f"{self._router.url}/requests/{job.id}", timeout=60)
+        if reply.status_code == 404 and job.behaviour is Behaviour.IN_BODY:
+            self._tally.hang_ups_by_phase["before the router had its headers"] += 1
+            return
+        record = reply.json()
+        moments = [name for name in record.get("moments", {}) if name not in ("cancelled", "failed")]
+        outcome = record.get("outcome")
+        if outcome == "cancelled":
+            self._tally.hang_ups_by_phase[moments[-1]] += 1
+        elif outcome is None:
+            self._tally.trouble("hang-up not noticed within a second", f"{job.id} ({job.behaviour}): {record}")
+        else:
+            self._tally.hang_ups_by_phase[f"too late: it had ended as {outcome}"] += 1
+
+    # faults
+
+    async def _faults(self) -> None:
+        while self._plan.faults_every:
+            await asyncio.sleep(self._plan.faults_every)
+            engine = self._chaos.choice(self._engines)
+            self._excused_until = math.inf
+            try:
+                await self._break(engine)
+            except (subprocess.TimeoutExpired, RuntimeError, TimeoutError) as error:
+                self._tally.trouble("engine did not end, or did not come back", f"{engine.name}: {error}")
+                return
+            self._excused_until = time.monotonic() + EXCUSED_SECONDS
+
+    async def _break(self, engine: SoakEngine) -> None:
+        """One fault, until the engine serves again: one at a time."""
+        drawn = self._chaos.random()
+        if drawn < 0.4:
+            seconds = self._chaos.choice((2.0, 8.0, 20.0))
+            self._told(f"SIGSTOP {engine.name} for {seconds:.0f} s")
+            await asyncio.to_thread(engine.pause, seconds)
+        elif drawn < 0.7:
+            self._told(f"SIGKILL {engine.name}")
+            await asyncio.to_thread(engine.kill)
+        else:
+            self._told(f"SIGKILL one process of {engine.name}")
+            self._told(f"it was {await asyncio.to_thread(engine.kill_one, self._chaos)}, and the engine is back")
+
+    def _told(self, fault: str) -> None:
+        fault = f"{time.monotonic() - self._begin:.0f} s: {fault}"
+        self._tally.faults.append(fault)
+        self._tell(fault)
+
+    # what is watched, and what must be so in the end
+
+    async def _watch(self) -> None:
+        told = 0.0
+        while True:
+            now = time.monotonic() - self._begin
+            pids = {self._router.process.pid, *descendants(self._router.process.pid)}
+            rss = max(_rss_mib(pid) for pid in pids)  # the guard beside it is the small one
+            self._tally.rss.append((round(now, 1), round(rss, 1)))
+            if now - told >= 15:
+                told = now
+                self._tell(f"{now:.0f} s: {dict(self._tally.ends)}, router {rss:.0f} MiB")
+            await asyncio.sleep(1.0)
+
+    def _num_open_files(self) -> int:
+        pids = descendants(self._router.process.pid)
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+
+    async def _settle(self, open_before: int) -> dict[str, Any]:
+        """Waits until nothing is left of the traffic, and says what is if that takes too long."""
+        begin = time.monotonic()
+        while left := await asyncio.to_thread(self._left, open_before):
+            if time.monotonic() - begin > self._plan.settle_timeout:
+                break
+            await asyncio.sleep(0.5)
+        return {"seconds": round(time.monotonic() - begin, 1), "left": left}
+
+    def _left(self, open_before: int) -> list[str]:
+        found = []
+        for name in ("tknp_requests_in_flight", "tknp_engine_outstanding_requests"):
+            if count := self._router.metric(name):
+                found.append(f"router: {name} is {count:g}")
+        for engine in self._engines:
+            if engine.is_healthy():
+                found += engine.held()
+            else:
+                found.append(f"{engine.name} is not up")
+        # Idle connections to engines close after some seconds; a request that leaked keeps its own.
+        if (num_open := self._num_open_files()) > open_before + 8:
+            found.append(f"router: {num_open} open files, {open_before} before")
+        return found
+
+    def _summary(self, seconds: float, settled: dict[str, Any]) -> dict[str, Any]:
+        tally = self._tally
+        growth = rss_growth(tally.rss)
+        if self._router.process.poll() is not None:
+            tally.trouble("router ended", self._router.tail())
+        ok = not tally.troubles and not settled["left"] and growth["is_flat"]
+        return {
+            "ok": ok,
+            "seconds": round(seconds, 1),
+            "num_requests": sum(tally.ends.values()),
+            "ends": dict(tally.ends),
+            "behaviours": dict(tally.behaviours),
+            "hang_ups_by_phase": dict(tally.hang_ups_by_phase),
+            "num_answers_compared": tally.num_compared,
+            "faults": tally.faults,
+            "errors": dict(tally.error_messages.most_common(NUM_KEPT)),
+            "troubles": {kind: {"count": len(all_), "first": all_[:NUM_KEPT]} for kind, all_ in tally.troubles.items()},
+            "settled": settled,
+            "router_rss": growth,
+            "retries": self._metric("tknp_retries_total"),
+            "plan": asdict(self._plan),
+        }
+
+    def _metric(self, name: str) -> float | None:
+        return self._router.metric(name) if self._router.process.poll() is None else None
+
+
+def rss_growth(line: list[tuple[float, float]]) -> dict[str, Any]:
+    """Resident memory of the second quarter against the last: what comes before is caches that fill, such as the
+    records of the last thousand requests."""
+    values = [mib for _, mib in line]
+    quarter = len(values) // 4
+    if quarter < 3:
+        return {"is_flat": True, "mib": values}
+    early = statistics.median(values[quarter : 2 * quarter])
+    late = statistics.median(values[-quarter:])
+    return {
+        "is_flat": late - early <= 4 + 0.05 * early,
+        "early_mib": early,
+        "late_mib": late,
+        "peak_mib": max(values),
+        "line_mib": values[:: max(1, len(values) // 60)],
+    }
+
+
+def _rss_mib(pid: int) -> float:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
+    except (OSError, IndexError):
+        return 0.0
+
+
+@contextmanager
+def soak_stack(plan: SoakPlan, model: Path, log_dir: Path) -> Iterator[tuple[list[SoakEngine], Service]]:
+    """Engines and router, all ready; stopped in the end."""
+    prefill = [SoakEngine.prefill(f"prefill-{i}", model, log_dir) for i in range(plan.num_prefill)]
+    decode = [
+        SoakEngine.decode(f"decode-{i}", model, log_dir, size) for i, size in enumerate(plan.token_parallel_sizes)
+    ]
+    router = start_router(log_dir, [e.service for e in prefill], [e.service for e in decode])
+    try:
+        for engine in (*prefill, *decode):
+            engine.service.wait_ready()
+        router.wait_ready("/ready")
+        yield [*prefill, *decode], router
+    finally:
+        router.stop()
+        for engine in (*decode, *prefill):
+            engine.stop()
+
+
+def run_soak(plan: SoakPlan, model: Path, log_dir: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Starts everything, runs the plan, stops everything; the summary."""
+    with soak_stack(plan, model, log_dir) as (engines, router):
+        return asyncio.run(Soak(plan, engines, router, tell).run())
