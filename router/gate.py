@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING
 
+from router.callers import ANONYMOUS
 from router.errors import Forbidden, RouterError, TooManyConnections
 from router.reply import Reply
 
@@ -21,7 +23,8 @@ ADMIN_PREFIX = "/admin/"
 class Gate:
     """Puts the caller into scope["state"]["caller"]. A path that is not known to be open needs a key.
 
-    What changes the router for everybody lies below ADMIN_PREFIX and needs an admin's key, if keys are in use at all.
+    What changes the router for everybody lies below ADMIN_PREFIX and needs an admin's key; where no keys are in use, it
+    has to be asked from the router's own machine.
     """
 
     def __init__(self, app: ASGIApp, open_paths: frozenset[str]) -> None:
@@ -44,8 +47,16 @@ class Gate:
             router.access.metrics.connection_refused()
             raise TooManyConnections("The router has as many connections as it takes. Retry in 5 s.")
         caller = state["caller"] = router.access.identify(scope)
-        if scope["path"].startswith(ADMIN_PREFIX) and not caller.is_admin:
-            raise Forbidden("This path needs the API key of an admin.")
+        if scope["path"].startswith(ADMIN_PREFIX):
+            if not caller.is_admin:
+                raise Forbidden("This path needs the API key of an admin.")
+            if caller is ANONYMOUS and not _is_from_here(scope):
+                raise Forbidden("Without API keys this path is for the router's own machine. Set --api-keys-file.")
+
+
+def _is_from_here(scope: Scope) -> bool:
+    client = scope.get("client")
+    return client is not None and ipaddress.ip_address(client[0]).is_loopback
 
 
 def caller_of(request: Request) -> Caller:

@@ -126,7 +126,7 @@ class RouterSettings(BaseSettings):
         default=1000, ge=1, description="Finished requests kept for GET /requests/{id}; about 2 KiB each."
     )
 
-    # -- choosing engines: router/policies/ has one file for each policy --
+    # Choosing engines: router/policies/ has one file for each policy
     prefill_policy: str = Field(
         default="least_loaded",
         description="How a prefill engine is chosen: least_loaded (by tokens outstanding), round_robin, power_of_two, "
@@ -158,14 +158,6 @@ class RouterSettings(BaseSettings):
         default=True,
         description="Serve from decode engines alone while no prefill engine is up; slower is better than not at all.",
     )
-
-    @field_validator("prefill_policy", "decode_policy")
-    @classmethod
-    def _check_policy(cls, name: str) -> str:
-        names = load_policies()
-        if name not in names:
-            raise ValueError(f"a policy is one of {', '.join(names)}, not {name!r}")
-        return name
 
     # Admission
     max_requests_in_flight: int = Field(
@@ -239,45 +231,13 @@ class RouterSettings(BaseSettings):
         default=None, description="File that holds that key and nothing else; as Kubernetes mounts a secret."
     )
 
-    @field_validator("allowed_engine_hosts")
-    @classmethod
-    def _check_hosts(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        split_patterns(patterns)
-        return patterns
-
-    @model_validator(mode="after")
-    def _check_files(self) -> Self:
-        if self.ssl_certfile is not None:
-            make_context(self.ssl_certfile, self.ssl_keyfile, self.ssl_ca_certs)
-        elif self.ssl_keyfile is not None or self.ssl_ca_certs is not None:
-            raise ValueError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
-        if self.engine_api_key is not None and self.engine_api_key_file is not None:
-            raise ValueError("give either --engine-api-key or --engine-api-key-file")
-        key = self.engine_key
-        if key is not None and (not key or not all("!" <= char <= "~" for char in key)):
-            raise ValueError("the engines' API key must be printable ASCII without spaces, and not empty")
-        return self
-
-    @property
-    def engine_key(self) -> str | None:
-        """The key that the router shows to engines."""
-        if self.engine_api_key_file is not None:
-            return self.engine_api_key_file.read_text(encoding="latin-1").strip()
-        return None if self.engine_api_key is None else self.engine_api_key.get_secret_value()
-
-    @field_validator("api_keys_file")
-    @classmethod
-    def _check_keys(cls, path: Path | None) -> Path | None:
-        if path is not None:
-            read_keys(path)
-        return path
-
     # Names of models
     model_aliases: Annotated[dict[str, str], NoDecode] = Field(
         default={},
         description="Other names of models, as alias=model,...; the answers name the model. None: clients name models.",
     )
 
+    # Observability
     otlp_traces_endpoint: str = Field(
         default="",
         description="OTLP collector of traces, such as http://10.0.0.7:4317; without one nothing is traced.",
@@ -342,6 +302,47 @@ class RouterSettings(BaseSettings):
         if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
             raise ValueError(f"a collector is http://host:port, not {url!r}")
         return url
+
+    @field_validator("prefill_policy", "decode_policy")
+    @classmethod
+    def _check_policy(cls, name: str) -> str:
+        names = load_policies()
+        if name not in names:
+            raise ValueError(f"a policy is one of {', '.join(names)}, not {name!r}")
+        return name
+
+    @field_validator("allowed_engine_hosts")
+    @classmethod
+    def _check_hosts(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        split_patterns(patterns)
+        return patterns
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if self.ssl_certfile is not None:
+            make_context(self.ssl_certfile, self.ssl_keyfile, self.ssl_ca_certs)
+        elif self.ssl_keyfile is not None or self.ssl_ca_certs is not None:
+            raise ValueError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+        if self.engine_api_key is not None and self.engine_api_key_file is not None:
+            raise ValueError("give either --engine-api-key or --engine-api-key-file")
+        key = self.engine_key
+        if key is not None and (not key or not all("!" <= char <= "~" for char in key)):
+            raise ValueError("the engines' API key must be printable ASCII without spaces, and not empty")
+        return self
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _check_keys(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            read_keys(path)
+        return path
+
+    @property
+    def engine_key(self) -> str | None:
+        """The key that the router shows to engines."""
+        if self.engine_api_key_file is not None:
+            return self.engine_api_key_file.read_text(encoding="latin-1").strip()
+        return None if self.engine_api_key is None else self.engine_api_key.get_secret_value()
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

@@ -4,11 +4,13 @@
 `POST /kv_leases/{id}/release`     prefill engines; the KV cache under this lease goes with the next step
 
 Without them a client that hangs up between a prefill engine's answer and the decode engine's acceptance would leave its
-KV cache held until vLLM's lease ends, 30 s later.
+KV cache held until vLLM's lease ends, 30 s later. An engine that was started with vLLM's `--api-key` wants it here too.
 """
 
 from __future__ import annotations
 
+import hmac
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -33,13 +35,23 @@ def attach(app: FastAPI) -> None:
     app.add_api_route("/kv_leases/{lease_id}/release", _release, methods=["POST"], status_code=204)
 
 
-def init(engine_client: Any, state: Any) -> None:
-    """What the routes need; called once the engine is there."""
+def init(engine_client: Any, state: Any, api_keys: Sequence[str]) -> None:
+    """What the routes need; called once the engine is there. `api_keys` are the engine's, if it has any."""
     state.tknp_engine = engine_client
+    state.tknp_api_keys = [f"Bearer {key}".encode() for key in api_keys]
+
+
+def _engine_of(request: Request) -> Any:
+    """Raises HTTPException if the request lacks the engine's key. vLLM guards its own routes only."""
+    shown = request.headers.get("authorization", "").encode()
+    keys: list[bytes] = request.app.state.tknp_api_keys
+    if keys and not any(hmac.compare_digest(shown, key) for key in keys):
+        raise HTTPException(401, "this engine was started with --api-key, and the request shows no such key")
+    return request.app.state.tknp_engine
 
 
 async def _abort(request: Request, request_id: str) -> Response:
-    engine = request.app.state.tknp_engine
+    engine = _engine_of(request)
     # The names that vLLM's servers of the APIs give a request with this X-Request-Id, or this `request_id`.
     await engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}", f"resp_{request_id}_0"))
     # The engine takes messages in order: with this answer, the abort before it has happened.
@@ -48,7 +60,7 @@ async def _abort(request: Request, request_id: str) -> Response:
 
 
 async def _release(request: Request, lease_id: str) -> Response:
-    engine = request.app.state.tknp_engine
+    engine = _engine_of(request)
     if engine.vllm_config.parallel_config.worker_extension_cls != EXTENSION:
         raise HTTPException(404, "this engine keeps no KV cache under a lease that can be released")
     await engine.collective_rpc("release_kv_lease", args=(lease_id,))

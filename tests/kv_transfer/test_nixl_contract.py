@@ -104,6 +104,17 @@ def test_the_agent_can_be_replaced_before_anything_is_registered() -> None:
     require_all(wanted - set(inspect.signature(nixl_agent_config).parameters), "the agent's settings", WORKER)
 
 
+def test_leases_end_in_one_place_and_are_kept_under_these_names() -> None:
+    require(
+        "self._reap_expired_send_leases(done_sending)" in source(Worker.get_transfer_results), "who ends them", WORKER
+    )
+    reap = source(Worker._reap_expired_send_leases)
+    for text in ("del self._reqs_to_send[req_id]", "self._reqs_to_process.remove(req_id)", "done_sending.add(req_id)"):
+        require(text in reap, f"how a lease ends: {text}", WORKER)
+    for name in ("consumer_notification_counts_by_req", "expected_consumer_notifications_by_req"):
+        require(f"self.{name}.pop(req_id" in reap, name, WORKER)
+
+
 def test_orders_are_a_plain_object() -> None:
     made = TokenParallelConnectorMetadata(NixlConnectorMetadata(), {}, {}, idle=True)
     assert vars(NixlConnectorMetadata()), "its fields are not in __dict__ any more; see kv_transfer/metadata.py"

@@ -233,6 +233,21 @@ def test_nothing_is_remembered_of_a_pull_that_came_to_nothing(config: Any, end: 
     assert not engine.half._names
 
 
+def test_kv_that_is_kept_goes_to_the_workers_with_the_router_s_name_for_it(config: Any) -> None:
+    engine = Engine(config)
+    for name, params in (("named", {"tknp_lease_id": "lease"}), ("stock", {}), ("odd", {"tknp_lease_id": 7})):
+        kept = request(name, range(70), kv_transfer_params={"do_remote_decode": True, **params})
+        kept.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        assert engine.half.request_finished(kept, ([1, 2, 3],))[0] is True
+    aborted = request("aborted", range(70), kv_transfer_params={"do_remote_decode": True, "tknp_lease_id": "no"})
+    aborted.status = RequestStatus.FINISHED_ABORTED
+    assert engine.half.request_finished(aborted, ([4],))[0] is False
+    orders = engine.step()
+    assert orders.reqs_to_send.keys() == {"named", "stock", "odd"}
+    assert orders.lease_ids == {"named": "lease"}
+    assert engine.step().lease_ids == {}
+
+
 def test_a_decode_engine_keeps_no_kv_for_others(config: Any) -> None:
     engine = Engine(config)
     engine.add("r", range(100), do_remote_prefill=False, do_remote_decode=True)

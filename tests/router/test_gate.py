@@ -7,10 +7,15 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from openai import AuthenticationError, OpenAI
 
+from router.callers import ANONYMOUS
+from router.errors import Forbidden
+from router.gate import Gate
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
 from tests.router.scripted_engine import MODEL, status
@@ -91,6 +96,17 @@ def test_a_browser_may_show_the_key_as_a_password_to_look_and_not_to_ask(locked:
         assert locked.router.call("GET", "/metrics", headers={"Authorization": value}).status == 401
     assert locked.router.complete(basic(KEY)).status == 401
     assert locked.num_seen == 0
+
+
+def test_without_keys_an_admin_s_path_is_for_the_router_s_own_machine() -> None:
+    here = {"path": "/admin/x", "client": ("127.0.0.1", 5), "state": {}}
+    there = {"path": "/admin/x", "client": ("10.0.0.9", 5), "state": {}}
+    router = SimpleNamespace(access=SimpleNamespace(identify=lambda scope: ANONYMOUS))
+    app: Any = SimpleNamespace(state=SimpleNamespace(router=router))
+    gate = Gate(app, frozenset())
+    gate._check({**here, "app": app})
+    with pytest.raises(Forbidden, match="own machine"):
+        gate._check({**there, "app": app})
 
 
 def test_ready_tells_strangers_no_more_than_whether(locked: Stack) -> None:

@@ -93,7 +93,7 @@ class TokenParallelEndpoint:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         options = TokenParallelOptions.of(args)
-        release.init(engine_client, state)
+        release.init(engine_client, state, args.api_key or ())
         state.kv_traits = kv_traits(engine_client.vllm_config)
         state.kv_events = kv_event_source(engine_client.vllm_config)
         state.token_parallel = RankStatus(engine_client, options, args.tensor_parallel_size)

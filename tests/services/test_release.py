@@ -1,0 +1,87 @@
+"""What a router asks of an engine when a request comes to nothing, against the real routes and a recorded engine."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from services import release
+from tests.services.contract import require, source
+
+
+class Engine:
+    """What AsyncLLM is asked for, in order."""
+
+    def __init__(self, extension: str = release.EXTENSION) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=extension))
+
+    async def abort(self, names: Any) -> None:
+        self.calls.append(("abort", *names))
+
+    async def is_sleeping(self) -> bool:
+        self.calls.append(("is_sleeping",))
+        return False
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
+        self.calls.append((method, *args))
+
+
+def client(engine: Engine, *keys: str) -> TestClient:
+    app = FastAPI()
+    release.attach(app)
+    release.init(engine, app.state, keys)
+    return TestClient(app)
+
+
+def test_an_abort_is_answered_after_the_engine_has_taken_it() -> None:
+    engine = Engine()
+    assert client(engine).post("/requests/r%2F1/abort").status_code == 204
+    assert engine.calls == [("abort", "cmpl-r/1-0", "chatcmpl-r/1", "resp_r/1_0"), ("is_sleeping",)]
+
+
+def test_a_release_reaches_the_workers() -> None:
+    engine = Engine()
+    assert client(engine).post("/kv_leases/abc/release").status_code == 204
+    assert engine.calls == [("release_kv_lease", "abc")]
+    assert hasattr(release.KVLeaseWorker, engine.calls[0][0])
+
+
+def test_an_engine_without_our_workers_has_nothing_to_release() -> None:
+    engine = Engine(extension="")
+    assert client(engine).post("/kv_leases/abc/release").status_code == 404
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize("path", ["/requests/r/abort", "/kv_leases/abc/release"])
+def test_an_engine_with_keys_wants_one(path: str) -> None:
+    engine = Engine()
+    asking = client(engine, "one", "two")
+    for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "one"}):
+        assert asking.post(path, headers=headers).status_code == 401
+    assert engine.calls == []
+    assert asking.post(path, headers={"Authorization": "Bearer two"}).status_code == 204
+
+
+BY = "services/release.py"
+
+
+def test_vllm_names_requests_by_our_header_as_the_abort_does() -> None:
+    require('f"cmpl-{self._base_request_id(' in inspect.getsource(OpenAIServingCompletion), "a completion's id", BY)
+    require('f"{request_id}-{i}"' in inspect.getsource(OpenAIServingCompletion), "the id of each prompt", BY)
+    require('f"chatcmpl-{self._base_request_id(' in inspect.getsource(OpenAIServingChat), "a chat's id", BY)
+
+
+def test_vllm_takes_aborts_by_external_id_and_workers_take_more_methods() -> None:
+    require("self.output_processor.abort_requests(request_ids, internal)" in source(AsyncLLM.abort), "abort", BY)
+    require("is_sleeping_async" in source(AsyncLLM.is_sleeping), "a question that is answered in order", BY)
+    require("worker_extension_cls" in source(WorkerWrapperBase.init_worker), "--worker-extension-cls", BY)
