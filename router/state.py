@@ -32,7 +32,7 @@ from router.status import StatusBoard
 from router.token_ids import PromptTokenizer
 from router.tracing import make_tracing
 from router.transfers import TransferRecorder
-from router.types import Api, Outcome
+from router.types import Outcome
 from router.upstream import make_session
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class RouterState:
         """Counts a request that ended, and logs it once what it moved is known."""
         self.metrics.request_ended(record)
         self.records.finish(record)
-        if self.settings.record_transfers and record.outcome is Outcome.OK and isinstance(record.api, Api):
+        is_transferred = record.outcome is Outcome.OK and record.local_prefill is None
+        if self.settings.record_transfers and is_transferred:
             self.transfers.complete(record)
         else:
             _conclude(self.tracing, record)

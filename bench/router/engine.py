@@ -89,15 +89,13 @@ _ANSWER = {
 _PREFILLED = _whole({**_ANSWER, "kv_transfer_params": _KV_TRANSFER_PARAMS})
 _ANSWERED = _whole(_ANSWER)
 _MODELS = _whole({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 131_072}]})
-_TRANSFER = _whole(
-    {
-        "rank": 0,
-        "kv_bytes": 4096,
-        "num_transfers": 1,
-        "transfer_begin": 1_700_000_000.0,
-        "transfer_end": 1_700_000_000.1,
-    }
-)
+_TRANSFER = {
+    "rank": 0,
+    "kv_bytes": 4096,
+    "num_transfers": 1,
+    "transfer_begin": 1_700_000_000.0,
+    "transfer_end": 1_700_000_000.1,
+}
 _HEALTHY = _whole({"status": "ok", "model_path": MODEL, "served_model_name": MODEL})
 _MISSING = _whole({"detail": "Not Found"}, b"404 Not Found")
 
@@ -162,7 +160,7 @@ class EngineConnection(asyncio.Protocol):
             self._transport.close()  # a router tries whether this is HTTP/2
             return
         if not head.startswith(b"POST /v1/"):
-            self._transport.write(self._told(head))
+            self._transport.write(self._told(head, body))
             return
         self._engine.num_generations += 1
         if not _STREAM.search(body):
@@ -177,12 +175,12 @@ class EngineConnection(asyncio.Protocol):
         else:
             self._transport.write(b"".join(_chunk() for _ in range(self._num_left)) + _DONE)
 
-    def _told(self, head: bytes) -> bytes:
+    def _told(self, head: bytes, body: bytes) -> bytes:
         path = head.split(b" ", 2)[1]
         if path == b"/v1/models":
             return _MODELS
-        if path.startswith(b"/token_parallel/requests/"):
-            return _TRANSFER
+        if path == b"/token_parallel/transfers":
+            return _whole({"transfers": dict.fromkeys(orjson.loads(body)["request_ids"], _TRANSFER)})
         # Stock vLLM tells no traits; the others are what routers ask for to see whether an engine is there.
         return _MISSING if path in (b"/kv_traits", b"/token_parallel") else _HEALTHY
 

@@ -67,6 +67,7 @@ class ScriptedEngine:
         self.num_looks = 0  # at either
         self.is_mute = False  # looks get no answer
         self.transfers: dict[str, dict[str, Any]] = {}
+        self.asked_transfers: list[list[str]] = []  # the ids in each question
         self.ranks: list[dict[str, Any]] | None = None  # None as of an engine without GET /token_parallel
         self.ranks_delay = 0.0  # s, before it tells them
         self.metrics_text = ""  # of GET /metrics
@@ -100,7 +101,7 @@ class ScriptedEngine:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
         app.router.add_get("/token_parallel", self._ranks)
-        app.router.add_get("/token_parallel/requests/{id}", self._transfer)
+        app.router.add_post("/token_parallel/transfers", self._transfers)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/kv_events", self._kv_events)
         app.router.add_post("/requests/{id}/abort", self._abort)
@@ -146,9 +147,10 @@ class ScriptedEngine:
     async def _kv_events(self, request: web.Request) -> web.Response:
         return web.Response(body=self.kv_events, status=404 if self.kv_events is None else 200)
 
-    async def _transfer(self, request: web.Request) -> web.Response:
-        told = self.transfers.get(request.match_info["id"])
-        return web.json_response(told or {}, status=200 if told else 404)
+    async def _transfers(self, request: web.Request) -> web.Response:
+        wanted = (await request.json())["request_ids"]
+        self.asked_transfers.append(wanted)
+        return web.json_response({"transfers": {name: told for name, told in self.transfers.items() if name in wanted}})
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.append(request.match_info["id"])

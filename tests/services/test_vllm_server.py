@@ -119,7 +119,7 @@ def test_the_endpoint_is_what_vllm_calls_a_plugin() -> None:
         assert ours == theirs, f"EndpointPlugin.{name} moved; see services/decode/token_parallel/endpoint.py"
     app = FastAPI()
     TokenParallelEndpoint().attach_router(app)
-    assert {"/token_parallel", "/token_parallel/requests/{request_id}"} <= set(app.openapi()["paths"])
+    assert {"/token_parallel", "/token_parallel/transfers"} <= set(app.openapi()["paths"])
 
 
 def test_the_server_is_run_like_vllm_s_own() -> None:

@@ -1,7 +1,7 @@
 """What an engine's server tells beyond vLLM's own routes. A vLLM endpoint plugin.
 
-`GET /token_parallel`, the state of a decode engine's ranks, and metrics; on prefill engines too `GET /kv_traits`,
-`GET /kv_events` and the routes of services/release.py.
+`GET /token_parallel`, the state of a decode engine's ranks, `POST /token_parallel/transfers`, and metrics; on prefill
+engines too `GET /kv_traits`, `GET /kv_events` and the routes of services/release.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
+from pydantic import BaseModel
 
 from services import release
 from services.compatibility import kv_traits
@@ -23,6 +24,12 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 POLL_SECONDS = 2.0
 """How often the ranks are asked for the metrics; one short call to each worker."""
+
+
+class RequestIds(BaseModel):
+    """The body of `POST /token_parallel/transfers`."""
+
+    request_ids: list[str]
 
 
 class RankStatus:
@@ -46,14 +53,14 @@ class RankStatus:
             "ranks": await self._ranks(),
         }
 
-    async def transfer(self, request_id: str) -> dict[str, Any] | None:
-        """The record of one request's KV transfer; None where there was none, or it is long ago."""
+    async def transfers(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
+        """The records of these requests' KV transfers; without those where there was none, or it is long ago."""
         if self._options.size == 1:
-            return None
-        record: dict[str, Any] | None = (
-            await self._engine.collective_rpc("token_parallel_transfer", args=(request_id,))
+            return {}
+        records: dict[str, dict[str, Any]] = (
+            await self._engine.collective_rpc("token_parallel_transfers", args=(request_ids,))
         )[0]
-        return record
+        return records
 
     async def _ranks(self) -> list[dict[str, Any]]:
         if self._options.size == 1:
@@ -89,7 +96,7 @@ class TokenParallelEndpoint:
         app.add_api_route("/kv_traits", _read_kv_traits, methods=["GET"])
         app.add_api_route("/kv_events", _read_kv_events, methods=["GET"])
         app.add_api_route("/token_parallel", _read, methods=["GET"])
-        app.add_api_route("/token_parallel/requests/{request_id}", _read_transfer, methods=["GET"])
+        app.add_api_route("/token_parallel/transfers", _read_transfers, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         options = TokenParallelOptions.of(args)
@@ -116,9 +123,6 @@ async def _read(request: Request) -> dict[str, Any]:
     return await status.read()
 
 
-async def _read_transfer(request: Request, request_id: str) -> dict[str, Any]:
+async def _read_transfers(request: Request, wanted: RequestIds) -> dict[str, dict[str, dict[str, Any]]]:
     status: RankStatus = request.app.state.token_parallel
-    record = await status.transfer(request_id)
-    if record is None:
-        raise HTTPException(404, f"no KV transfer of a request {request_id!r} is known here")
-    return {"request_id": request_id, **record}
+    return {"transfers": await status.transfers(wanted.request_ids)}

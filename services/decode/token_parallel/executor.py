@@ -136,19 +136,19 @@ class TokenParallelExecutor(MultiprocExecutor):
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, with two calls that ask for what the scheduler, in this process, knows."""
-        if method == "token_parallel_transfer":
-            return [self._transfer_record(*kwargs.get("args", ()) or args[1])]
+        if method == "token_parallel_transfers":
+            return [self._transfer_records(*kwargs.get("args", ()) or args[1])]
         replies = super().collective_rpc(method, *args, **kwargs)
         if method == "token_parallel_status":
             self._add_pool_state(replies)
         return replies
 
-    def _transfer_record(self, request_id: str) -> dict[str, Any] | None:
+    def _transfer_records(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
         state = get_engine_state()
         if state is None or state.connector is None or state.connector.connector_scheduler is None:
-            return None
-        record = state.connector.connector_scheduler.records.get(request_id)
-        return None if record is None else dataclasses.asdict(record)
+            return {}
+        records = state.connector.connector_scheduler.records
+        return {name: dataclasses.asdict(records[name]) for name in request_ids if name in records}
 
     def _add_pool_state(self, statuses: list[dict[str, Any]]) -> None:
         state = get_engine_state()
