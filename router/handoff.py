@@ -99,7 +99,8 @@ class Handoff:
         """Whether an engine is left that was not tried, and retries are. Raises NoEngine if that was the last alive."""
         pool, role = self._fleet.pool, failure.endpoint.role
         needs_none = role is Role.PREFILL and pool.local_prefill(self._request) is not None
-        if not needs_none and pool.choose(role, self._request, self._tried, self._prefilled_by) is None:
+        is_left = needs_none or pool.choose(role, self._request, self._tried, self._prefilled_by) is not None
+        if not is_left and not self._falls_back(failure):
             return False
         if self._reply.started and not await self._prepare_continuation():
             return False
@@ -108,6 +109,16 @@ class Handoff:
             return True
         self._fleet.metrics.retry_refused()
         return False
+
+    def _falls_back(self, failure: EngineFailure) -> bool:
+        """Whether a decode engine is to prefill, because prefill engines failed; not after a timeout, whose prompt
+        would only take its time again, in everybody's way."""
+        is_quick = failure.endpoint.role is Role.PREFILL and failure.kind is not FailureKind.TIMEOUT
+        if not is_quick or not self._fleet.settings.decode_only:
+            return False
+        self._give_back()
+        self._local_prefill = self._record.local_prefill = LocalPrefill.PREFILL_FAILED
+        return True
 
     async def _prepare_continuation(self) -> bool:
         """Makes what the client has not got yet the request; False if that can't be done."""

@@ -52,6 +52,7 @@ class LocalPrefill(StrEnum):
     SHORT_PROMPT = "short_prompt"  # at most local_prefill_tokens long
     CACHED_PROMPT = "cached_prompt"  # all but local_prefill_tokens of it is cached on a decode engine
     NO_PREFILL_ENGINE = "no_prefill_engine"  # none is alive for the model, and decode_only is on
+    PREFILL_FAILED = "prefill_failed"  # on every engine that could be tried, and decode_only is on
 
 
 class Outcome(StrEnum):

@@ -10,7 +10,6 @@ from router.conditional import local_prefill
 from router.types import LocalPrefill
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
-from tests.router.scripted_engine import hang_up, status
 
 SHORT, CACHED = LocalPrefill.SHORT_PROMPT, LocalPrefill.CACHED_PROMPT
 
@@ -121,15 +120,6 @@ def test_the_last_prefill_engine_dies_with_a_request(start_stack: StartStack) ->
     assert stack.router.record(answer)["local_prefill"] == "no_prefill_engine"
     attempts = [(a["role"], a["outcome"]) for a in stack.router.record(answer)["attempts"]]
     assert attempts == [("prefill", "failed"), ("decode", "ok")]
-
-
-@pytest.mark.parametrize("behaviour", [status(500), hang_up], ids=["500", "hang_up"])
-def test_a_prefill_engine_that_is_up_and_fails_is_an_error(start_stack: StartStack, behaviour: object) -> None:
-    """Decode engines must not get everybody's prompts because of one request that prefill engines can't take."""
-    stack = start_stack()
-    stack.prefill[0].behaviour = behaviour  # type: ignore[assignment]
-    assert stack.router.complete().status == 502
-    assert not stack.decode[0].seen
 
 
 def test_decode_only_can_be_switched_off(start_stack: StartStack) -> None:

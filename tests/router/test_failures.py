@@ -95,13 +95,27 @@ def test_kv_cache_that_nobody_was_told_of_serves_the_next_attempt(start_stack: S
 def test_the_error_is_clear_when_no_engine_is_left(
     start_stack: StartStack, role: str, name: str, code: str, expected: int
 ) -> None:
-    stack = start_stack(**TIMEOUTS)
+    stack = start_stack(decode_only=False, **TIMEOUTS)
     engine = getattr(stack, role)[0]
     engine.behaviour = EARLY[name]
     answer = stack.router.complete(stream=True)
     assert (answer.status, answer.error["code"]) == (expected, code)
     assert f"{role} engine {engine.name}" in answer.error["message"]
     wait_for(stack.router.is_idle)
+
+
+@pytest.mark.parametrize(("behaviour", "expected"), [(hang_up, 200), (status(500), 200), (stall, 504)])
+def test_without_another_prefill_engine_the_decode_engine_prefills(
+    start_stack: StartStack, behaviour: Behaviour, expected: int
+) -> None:
+    stack = start_stack(**TIMEOUTS)
+    stack.prefill[0].behaviour = behaviour
+    answer = stack.router.complete()
+    assert answer.status == expected
+    count = stack.router.metric("tknp_local_prefill_requests_total", reason="prefill_failed")
+    assert count == (expected == 200)
+    if expected == 200:
+        assert "kv_transfer_params" not in stack.decode[0].seen[0].body
 
 
 def test_retries_have_an_end(start_stack: StartStack) -> None:
@@ -214,4 +228,4 @@ def test_retries_after_anything_but_a_death_have_a_budget(start_stack: StartStac
     for _ in range(3):
         assert stack.router.complete().status == 502
     assert stack.router.metric("tknp_retries_total", role="prefill") == 1, "the first request's"
-    assert stack.router.metric("tknp_retries_refused_total") == 2
+    assert stack.router.metric("tknp_retries_refused_total") == 3
