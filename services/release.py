@@ -15,6 +15,8 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 
+from services.engine_call import answered
+
 
 class KVLeaseWorker:
     """Adds a call to the workers of a prefill engine; `--worker-extension-cls`."""
@@ -53,9 +55,9 @@ def _engine_of(request: Request) -> Any:
 async def _abort(request: Request, request_id: str) -> Response:
     engine = _engine_of(request)
     # The names that vLLM's servers of the APIs give a request with this X-Request-Id, or this `request_id`.
-    await engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}", f"resp_{request_id}_0"))
+    await answered(engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}", f"resp_{request_id}_0")))
     # The engine takes messages in order: with this answer, the abort before it has happened.
-    await engine.is_sleeping()
+    await answered(engine.is_sleeping())
     return Response(status_code=204)
 
 
@@ -63,5 +65,5 @@ async def _release(request: Request, lease_id: str) -> Response:
     engine = _engine_of(request)
     if engine.vllm_config.parallel_config.worker_extension_cls != EXTENSION:
         raise HTTPException(404, "this engine keeps no KV cache under a lease that can be released")
-    await engine.collective_rpc("release_kv_lease", args=(lease_id,))
+    await answered(engine.collective_rpc("release_kv_lease", args=(lease_id,)))
     return Response(status_code=204)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from services import release
+from services import engine_call, release
 from tests.services.contract import require, source
 
 
@@ -70,6 +71,19 @@ def test_an_engine_with_keys_wants_one(path: str) -> None:
         assert asking.post(path, headers=headers).status_code == 401
     assert engine.calls == []
     assert asking.post(path, headers={"Authorization": "Bearer two"}).status_code == 204
+
+
+def test_a_dead_engine_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its server would wait for the handler, and never end."""
+
+    class Dead(Engine):
+        async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(engine_call, "CALL_SECONDS", 0.2)
+    reply = client(Dead()).post("/kv_leases/abc/release")
+    assert reply.status_code == 503
+    assert "busy or dead" in reply.json()["detail"]
 
 
 BY = "services/release.py"

@@ -18,6 +18,7 @@ from services import release
 from services.compatibility import kv_traits
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.rank_metrics import RankMetrics, efficiency_between
+from services.engine_call import answered
 from services.kv_event_source import kv_event_source
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -120,9 +121,9 @@ async def _read_kv_events(request: Request) -> dict[str, Any]:
 
 async def _read(request: Request) -> dict[str, Any]:
     status: RankStatus = request.app.state.token_parallel
-    return await status.read()
+    return await answered(status.read())
 
 
 async def _read_transfers(request: Request, wanted: RequestIds) -> dict[str, dict[str, dict[str, Any]]]:
     status: RankStatus = request.app.state.token_parallel
-    return {"transfers": await status.transfers(wanted.request_ids)}
+    return {"transfers": await answered(status.transfers(wanted.request_ids))}
