@@ -17,8 +17,8 @@ T = TypeVar("T")
 async def answered(call: Awaitable[T]) -> T:
     """The engine core's answer.
 
-    Raises HTTPException if there is none in time. vLLM 0.32.0 leaves callers of a core that dies waiting, and its server
-    waits for its handlers before it ends: without a limit a dead engine's process would stay.
+    Raises HTTPException if there is none in time. vLLM 0.32.0 leaves callers of a core that dies waiting, and its
+    server waits for its handlers before it ends: without a limit a dead engine's process would stay.
     """
     try:
         async with asyncio.timeout(CALL_SECONDS):
