@@ -67,12 +67,12 @@ class KvPoller:
         if ranks and engine.is_up:
             engine.load.kv.tell(ranks)
         elif engine.is_up:
-            engine.load.kv.forget("it does not tell, neither at /token_parallel nor at /metrics")
+            engine.load.kv.forget("it does not tell, neither at /token_parallel/room nor at /metrics")
 
     async def _ask(self, engine: Engine) -> list[RankKv]:
         """Empty if it does not tell."""
         url = engine.endpoint.url
-        async with self._session.get(f"{url}/token_parallel") as response:
+        async with self._session.get(f"{url}/token_parallel/room") as response:
             raw = await response.read()
         ranks = parse_ranks(orjson.loads(raw)) if response.status == 200 else []
         if ranks or response.status not in (200, 404):
@@ -82,7 +82,7 @@ class KvPoller:
 
 
 def parse_ranks(told: Any) -> list[RankKv]:
-    """The body of `GET /token_parallel`; of a rank's tensor-parallel workers, which share its blocks, one.
+    """The body of `GET /token_parallel/room`.
 
     Raises ValueError, TypeError or KeyError if it is something else.
     """

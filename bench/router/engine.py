@@ -182,7 +182,7 @@ class EngineConnection(asyncio.Protocol):
         if path == b"/token_parallel/transfers":
             return _whole({"transfers": dict.fromkeys(orjson.loads(body)["request_ids"], _TRANSFER)})
         # Stock vLLM tells no traits; the others are what routers ask for to see whether an engine is there.
-        return _MISSING if path in (b"/kv_traits", b"/token_parallel") else _HEALTHY
+        return _MISSING if path in (b"/kv_traits", b"/token_parallel", b"/token_parallel/room") else _HEALTHY
 
     def _next_event(self) -> None:
         self._num_left -= 1

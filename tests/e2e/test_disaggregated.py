@@ -125,6 +125,14 @@ def test_each_moment_of_a_request_is_recorded(stack: Stack) -> None:
     assert times == sorted(times), moments
 
 
+def test_the_router_knows_the_room_of_every_rank(stack: Stack) -> None:
+    room = stack.decode.get("/token_parallel/room")["ranks"]
+    assert [(rank["rank"], rank["block_size"]) for rank in room] == [(0, BLOCK), (1, BLOCK)]
+    assert [rank["num_blocks"] for rank in room] == [rank["num_blocks"] for rank in stack.ranks()]
+    (engine,) = [engine for engine in stack.router.get("/ready")["engines"] if engine["role"] == "decode"]
+    assert [rank["num_blocks"] for rank in engine["kv_ranks"]] == [rank["num_blocks"] for rank in room]
+
+
 def test_metrics(stack: Stack) -> None:
     assert stack.router.metric("prefill_requests_total") > 0
     assert stack.router.metric("decode_requests_total") > 0

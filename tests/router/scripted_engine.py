@@ -101,6 +101,7 @@ class ScriptedEngine:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
         app.router.add_get("/token_parallel", self._ranks)
+        app.router.add_get("/token_parallel/room", self._ranks)
         app.router.add_post("/token_parallel/transfers", self._transfers)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/kv_events", self._kv_events)

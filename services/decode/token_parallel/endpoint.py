@@ -1,7 +1,8 @@
 """What an engine's server tells beyond vLLM's own routes. A vLLM endpoint plugin.
 
-`GET /token_parallel`, the state of a decode engine's ranks, `POST /token_parallel/transfers`, and metrics; on prefill
-engines too `GET /kv_traits`, `GET /kv_events` and the routes of services/release.py.
+Of decode engines `GET /token_parallel`, the state of the ranks, `GET /token_parallel/room`, their blocks alone, which
+costs the workers nothing, `POST /token_parallel/transfers`, and metrics. Of prefill engines too `GET /kv_traits`,
+`GET /kv_events` and the routes of services/release.py.
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ class RankStatus:
             "ranks": await self._ranks(),
         }
 
+    async def room(self) -> list[dict[str, int]]:
+        """Blocks and requests of each rank, by the scheduler; empty in an engine without token parallelism."""
+        if self._options.size == 1:
+            return []
+        return list(await self._engine.collective_rpc("token_parallel_room"))
+
     async def transfers(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
         """The records of these requests' KV transfers; without those where there was none, or it is long ago."""
         if self._options.size == 1:
@@ -97,6 +104,7 @@ class TokenParallelEndpoint:
         app.add_api_route("/kv_traits", _read_kv_traits, methods=["GET"])
         app.add_api_route("/kv_events", _read_kv_events, methods=["GET"])
         app.add_api_route("/token_parallel", _read, methods=["GET"])
+        app.add_api_route("/token_parallel/room", _read_room, methods=["GET"])
         app.add_api_route("/token_parallel/transfers", _read_transfers, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -122,6 +130,11 @@ async def _read_kv_events(request: Request) -> dict[str, Any]:
 async def _read(request: Request) -> dict[str, Any]:
     status: RankStatus = request.app.state.token_parallel
     return await answered(status.read())
+
+
+async def _read_room(request: Request) -> dict[str, list[dict[str, int]]]:
+    status: RankStatus = request.app.state.token_parallel
+    return {"ranks": await answered(status.room())}
 
 
 async def _read_transfers(request: Request, wanted: RequestIds) -> dict[str, dict[str, dict[str, Any]]]:

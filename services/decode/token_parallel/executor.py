@@ -135,12 +135,15 @@ class TokenParallelExecutor(MultiprocExecutor):
     # -- status --
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, with two calls that ask for what the scheduler, in this process, knows."""
+        """As vLLM's, with calls that ask for what the scheduler, in this process, knows: no worker is disturbed."""
         if method == "token_parallel_transfers":
             return [self._transfer_records(*kwargs.get("args", ()) or args[1])]
+        if method == "token_parallel_room":
+            return self._room()
         replies = super().collective_rpc(method, *args, **kwargs)
-        if method == "token_parallel_status":
-            self._add_pool_state(replies)
+        if method == "token_parallel_status" and (room := self._room()):
+            for status in replies:
+                status.update(room[status["rank"]])
         return replies
 
     def _transfer_records(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -150,16 +153,22 @@ class TokenParallelExecutor(MultiprocExecutor):
         records = state.connector.connector_scheduler.records
         return {name: dataclasses.asdict(records[name]) for name in request_ids if name in records}
 
-    def _add_pool_state(self, statuses: list[dict[str, Any]]) -> None:
+    def _room(self) -> list[dict[str, int]]:
+        """Blocks and requests of each rank; empty while there is no scheduler yet."""
         state = get_engine_state()
         if state is None:
-            return
+            return []
         manager = state.kv_cache_manager
-        free, requests = manager.free_blocks_per_rank(), manager.requests_per_rank()
-        for status in statuses:
-            rank = status["rank"]
-            # The null block is nobody's.
-            status["block_size"] = self.cache_config.block_size
-            status["num_blocks"] = manager.partition.num_blocks[rank] - 1
-            status["num_free_blocks"] = free[rank]
-            status["num_requests"] = requests[rank]
+        ranks = zip(
+            manager.partition.num_blocks, manager.free_blocks_per_rank(), manager.requests_per_rank(), strict=True
+        )
+        return [
+            {
+                "rank": rank,
+                "block_size": self.cache_config.block_size,
+                "num_blocks": num_blocks - 1,  # the null block is nobody's
+                "num_free_blocks": num_free,
+                "num_requests": num_requests,
+            }
+            for rank, (num_blocks, num_free, num_requests) in enumerate(ranks)
+        ]
