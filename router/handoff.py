@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 1.0  # s; an engine that takes longer to drop a request hangs, and will hardly get the next attempt
+
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
@@ -145,7 +147,7 @@ class Handoff:
         if self._local_prefill is None and not holds_kv:
             self._local_prefill = self._record.local_prefill = self._fleet.pool.local_prefill(self._request)
             if self._local_prefill is not None:
-                self._give_back()  # what an attempt before may have left on a prefill engine
+                await self._end_attempt_before()
         if self._local_prefill is None and not holds_kv:
             await self._prefill(self._choose(Role.PREFILL))
         await self._decode(self._choose(Role.DECODE))
@@ -159,7 +161,7 @@ class Handoff:
 
     async def _prefill(self, engine: Engine) -> None:
         endpoint = engine.endpoint
-        self._give_back()  # of an attempt before
+        await self._end_attempt_before()
         lease = self._lease = Lease(self._request.id, endpoint)
         body = prefill_body(self._request, lease.id)
         with self._leg(engine), engine_failures(endpoint):
@@ -200,12 +202,19 @@ class Handoff:
             if self._record.num_chunks > num_chunks:  # what generates has pulled the cache, and so ended its lease
                 self._lease = None
 
-    def _give_back(self) -> None:
+    async def _end_attempt_before(self) -> None:
+        """Waits a little for its end: engines know both attempts by one id, and what ends one must not end the next."""
+        released = self._give_back()
+        if released is not None:
+            await asyncio.wait({released}, timeout=PATIENCE)
+
+    def _give_back(self) -> asyncio.Task[None] | None:
         """Sees to it that no prefill engine keeps KV cache for this request."""
         lease, self._lease = self._lease, None
-        if lease is not None:
-            alive = self._fleet.pool.alive(Role.DECODE, self._request.model)
-            self._fleet.releaser.release(lease, alive[0].endpoint if alive else None)
+        if lease is None:
+            return None
+        alive = self._fleet.pool.alive(Role.DECODE, self._request.model)
+        return self._fleet.releaser.release(lease, alive[0].endpoint if alive else None)
 
     def _mark(self, moment: Moment) -> None:
         # A continuation does not undo what the client saw: its moments remain those of the first engines.

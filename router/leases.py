@@ -48,8 +48,8 @@ class LeaseReleaser:
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def release(self, lease: Lease, helper: Endpoint | None) -> None:
-        """The caller has closed its connections to all engines of the attempt.
+    def release(self, lease: Lease, helper: Endpoint | None) -> asyncio.Task[None]:
+        """The caller has closed its connections to all engines of the attempt. Returns what may be waited for.
 
         A stock vLLM prefill engine listens to decode engines only: then one that refuses a request tells it. That is
         `helper`, any decode engine alive.
@@ -57,6 +57,7 @@ class LeaseReleaser:
         task = asyncio.create_task(self._release(lease, helper))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def close(self) -> None:
         """Waits for what is under way; each of it is bounded by RELEASE_TIMEOUT."""
