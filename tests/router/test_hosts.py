@@ -133,17 +133,18 @@ def params_from(host: str) -> Any:
     return status(200, f'{{"kv_transfer_params": {text}}}'.encode())
 
 
-def test_a_decode_engine_never_hears_of_a_foreign_host(start_stack: StartStack) -> None:
-    stack = start_stack(num_prefill=2)
+@pytest.mark.parametrize("decode_only", [False, True])
+def test_a_decode_engine_never_hears_of_a_foreign_host(start_stack: StartStack, decode_only: bool) -> None:
+    stack = start_stack(num_prefill=2, decode_only=decode_only)
     evil: ScriptedEngine = stack.prefill[0]
     evil.behaviour = params_from("203.0.113.66")
     for _ in range(4):
         assert stack.router.complete().status == 200  # by the other prefill engine
     assert evil.seen
     stack.prefill[1].behaviour = evil.behaviour
-    refused = stack.router.complete()
-    assert refused.status == 502
-    assert "203.0.113.66" in refused.error["message"]
+    last = stack.router.complete()
+    assert last.status == (200 if decode_only else 502)
+    assert decode_only or "203.0.113.66" in last.error["message"]
     assert not any("203.0.113.66" in seen.raw.decode() for seen in stack.decode[0].seen)
 
 
