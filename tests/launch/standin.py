@@ -13,8 +13,10 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-RECORD = {
+STARTED = time.monotonic()
+RECORD: dict[str, Any] = {
     "attempts": [{"role": "prefill", "engine": "a:1"}, {"role": "decode", "engine": "b:2"}],
     "phases": {"prefill": 0.0125, "transfer": 0.002, "first_token": 0.03, "decode": 0.2, "total": 0.25},
     "kv_transfer": {"rank": 1, "kv_bytes": 131072, "num_transfers": 1},
@@ -32,7 +34,9 @@ time.sleep(600)
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = RECORD if self.path.startswith("/requests/") else {"data": [{"id": "toy"}]}
+        body: dict[str, Any] = dict(RECORD) if self.path.startswith("/requests/") else {"data": [{"id": "toy"}]}
+        if "prefill-late" in sys.argv:
+            body["engines"] = [{"up": True}, {"up": time.monotonic() > STARTED + 3}]
         self._reply(json.dumps(body))
 
     def do_POST(self) -> None:

@@ -51,6 +51,15 @@ def test_it_shows_stages_an_answer_and_its_path_and_stops_on_sigint(launch: Call
         assert "stopped in order" in (supervised.folder / f"{name}.log").read_text()
 
 
+def test_the_first_request_waits_until_the_router_knows_every_engine(launch: Callable[..., Supervised]) -> None:
+    supervised = launch(router="prefill-late")
+    wait_for(lambda: "decode-0: ready" in supervised.output, "the engine")
+    assert "router: ready" not in supervised.output
+    supervised.wait_until_serving()
+    output = supervised.output
+    assert output.index("prefill-0: ready") < output.index("router: ready") < output.index("A first request")
+
+
 def test_a_model_without_a_chat_template_is_asked_to_complete(launch: Callable[..., Supervised]) -> None:
     supervised = launch(router="no-chat-template")
     supervised.wait_until_serving()

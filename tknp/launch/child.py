@@ -8,11 +8,12 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from tknp.launch.log import StageReader
+from tknp.launch.plan import Role
 
 if TYPE_CHECKING:
     from tknp.launch.plan import ChildSpec
@@ -63,7 +64,11 @@ class Child:
     async def is_ready(self, session: aiohttp.ClientSession) -> bool:
         try:
             async with session.get(self.spec.url + self.spec.ready_path, timeout=_HEALTH_TIMEOUT) as reply:
-                return reply.status == 200
+                if reply.status != 200 or self.spec.role is not Role.ROUTER:
+                    return reply.status == 200
+                # The router serves as soon as decode engines can do without the others; here all are to be there.
+                engines: list[dict[str, Any]] = (await reply.json(content_type=None)).get("engines", [])
+                return all(engine["up"] for engine in engines)
         except (aiohttp.ClientError, TimeoutError):
             return False
 
