@@ -59,14 +59,6 @@ def can_continue(request: GenerationRequest) -> bool:
     return is_one and is_reproducible and not has_logprobs and not ruled_out
 
 
-def tokenize_body(request: GenerationRequest) -> bytes | None:
-    """What to ask an engine's /tokenize for the prompt's ids; None if the client sent ids."""
-    if not isinstance(request.body.get("prompt", ""), str):
-        return None
-    names = ("model", *(_TEMPLATE if request.api is Api.CHAT else ()), *_PROMPT)
-    return orjson.dumps({name: request.body[name] for name in names if name in request.body})
-
-
 class Transcript:
     """The tokens of one answer that the client has been sent."""
 

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from router.continuation import Transcript, can_continue
+from router.demand import given_token_ids
 from router.errors import ClientStalled, EngineFailure, EngineRejected, FailureKind, RouterError
 from router.leases import Lease
 from router.legs import decode_body, kv_params, prefill_body
 from router.lifetime import Attempt, Moment
+from router.prompt import prompt_fields
 from router.relay import StreamRelay, relay_whole
 from router.responses import ResponsesRelay
 from router.retries import backoff
+from router.token_ids import fetch_token_ids
 from router.types import Api, LocalPrefill, Outcome, Role
-from router.upstream import engine_failures, fetch_prompt_ids, post
+from router.upstream import engine_failures, post
 
 if TYPE_CHECKING:
     import aiohttp
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TOKENIZE_TIMEOUT = 10.0  # s; a client is waiting in mid-stream
 PATIENCE = 1.0  # s; an engine that takes longer to drop a request hangs, and will hardly get the next attempt
 
 
@@ -128,7 +132,9 @@ class Handoff:
             return False
         engine = self._choose(Role.DECODE)
         try:
-            prompt_ids = await fetch_prompt_ids(self._fleet.session, engine.endpoint, self._asked)
+            prompt_ids = given_token_ids(prompt_fields(self._asked.api, self._asked.body))
+            if prompt_ids is None:
+                prompt_ids = await fetch_token_ids(self._fleet.session, engine.endpoint, self._asked, TOKENIZE_TIMEOUT)
         except EngineFailure as error:
             logger.warning("the stream of request %s can't be continued: %s", self._asked.id, error)
             return False

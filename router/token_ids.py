@@ -6,24 +6,25 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-import aiohttp
 import orjson
 
+from router.errors import EngineFailure, FailureKind
+from router.prompt import prompt_fields
 from router.types import Role
+from router.upstream import engine_failures
 
 if TYPE_CHECKING:
+    import aiohttp
+
     from router.engines import Engine, EnginePool
-    from router.types import GenerationRequest, JsonObject
+    from router.types import Endpoint, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 2.0  # s; a guess is better than a longer wait
-# Fields of a request that /tokenize takes too, and that change the tokens.
+# Fields beside the prompt that /tokenize takes too, and that change the tokens.
 FIELDS = (
     "model",
-    "prompt",
-    "messages",
-    "tools",
     "add_special_tokens",
     "add_generation_prompt",
     "continue_final_message",
@@ -51,27 +52,40 @@ class PromptTokenizer:
             return
         engine = min(engines, key=lambda engine: engine.num_outstanding)
         try:
-            demand.token_ids = await self._ask(engine, tokenize_body(request.body))
+            demand.token_ids = await fetch_token_ids(self._session, engine.endpoint, request, TIMEOUT)
             demand.num_prompt_tokens, demand.num_prompt_bytes = len(demand.token_ids), 0
             self._failed.discard(engine)
-        except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError) as error:
+        except EngineFailure as error:
             if engine not in self._failed:
-                logger.warning("%s could not tokenize a prompt, its cache is guessed: %r", engine.endpoint.name, error)
+                logger.warning("%s could not tokenize a prompt, its cache is guessed: %s", engine.endpoint.name, error)
             self._failed.add(engine)
 
-    async def _ask(self, engine: Engine, body: bytes) -> list[int]:
-        async with asyncio.timeout(TIMEOUT):
-            headers = {"Content-Type": "application/json"}
-            async with self._session.post(f"{engine.endpoint.url}/tokenize", data=body, headers=headers) as response:
+
+async def fetch_token_ids(
+    session: aiohttp.ClientSession, endpoint: Endpoint, request: GenerationRequest, seconds: float
+) -> list[int]:
+    """The request's prompt in tokens, as the engine sees it. Raises EngineFailure."""
+    headers = {"Content-Type": "application/json"}
+    with engine_failures(endpoint):
+        async with asyncio.timeout(seconds):
+            async with session.post(
+                f"{endpoint.url}/tokenize", data=tokenize_body(request), headers=headers, allow_redirects=False
+            ) as response:
                 raw = await response.read()
+    try:
         tokens = orjson.loads(raw)["tokens"]
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise ValueError("/tokenize answered without a list of tokens")
-        return tokens
+            raise ValueError("not a list of tokens")
+    except (ValueError, TypeError, KeyError) as error:
+        detail = f"/tokenize answered with status {response.status} and no tokens"
+        raise EngineFailure(endpoint, FailureKind.GARBAGE, detail) from error
+    return tokens
 
 
-def tokenize_body(body: JsonObject) -> bytes:
-    fields = {name: body[name] for name in FIELDS if name in body}
-    if isinstance(prompt := fields.get("prompt"), list):
-        (fields["prompt"],) = prompt  # one text in a list, or it would have no blocks
-    return orjson.dumps(fields)
+def tokenize_body(request: GenerationRequest) -> bytes:
+    """The prompt and what shapes it; a field of another API is left out, for the engine would look at it."""
+    prompt = prompt_fields(request.api, request.body)
+    fields = {name: prompt[name] for name in ("prompt", "messages", "tools") if name in prompt}
+    if isinstance(texts := fields.get("prompt"), list):
+        (fields["prompt"],) = texts  # one text in a list, or it would have no blocks
+    return orjson.dumps({**fields, **{name: request.body[name] for name in FIELDS if name in request.body}})

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import aiohttp
-import orjson
 
-from router.continuation import tokenize_body
 from router.errors import EngineFailure, EngineRejected, FailureKind
 
 if TYPE_CHECKING:
     from router.settings import RouterSettings
     from router.trace_context import TraceHeaders
     from router.types import Endpoint, GenerationRequest
-
-TOKENIZE_TIMEOUT = 10.0  # s; a client is waiting in mid-stream
 
 
 def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
@@ -58,26 +53,6 @@ def engine_failures(endpoint: Endpoint) -> Iterator[None]:
         raise EngineFailure(endpoint, FailureKind.DISCONNECT, "the connection broke before the answer's end") from error
     except aiohttp.ClientError as error:
         raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not HTTP") from error
-
-
-async def fetch_prompt_ids(session: aiohttp.ClientSession, endpoint: Endpoint, request: GenerationRequest) -> list[int]:
-    """The request's prompt in tokens, as the engine sees it. Raises EngineFailure."""
-    body = tokenize_body(request)
-    if body is None:
-        given: list[int] = request.body["prompt"]
-        return given
-    with engine_failures(endpoint):
-        async with asyncio.timeout(TOKENIZE_TIMEOUT):
-            headers = {"Content-Type": "application/json"}
-            url = endpoint.url + "/tokenize"
-            async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
-                answer = await response.read()
-    try:
-        tokens: list[int] = orjson.loads(answer)["tokens"]
-    except (ValueError, TypeError, KeyError) as error:
-        detail = f"/tokenize answered with status {response.status} and no tokens"
-        raise EngineFailure(endpoint, FailureKind.GARBAGE, detail) from error
-    return tokens
 
 
 async def post(

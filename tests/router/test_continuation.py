@@ -40,6 +40,7 @@ def two_engines(start_stack: StartStack, *die_after: int) -> Stack:
         (COMPLETIONS, {"return_token_ids": True, "prompt": [5]}),
         (COMPLETIONS, {"max_tokens": None}),
         (CHAT, {}),
+        (CHAT, {"prompt": [1, 2]}),  # a field of the other API says nothing about a chat
         (CHAT, {"max_completion_tokens": 9, "max_tokens": None, "stream_options": USAGE, "temperature": 0, "seed": 3}),
     ],
 )
