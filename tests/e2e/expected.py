@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.e2e.suite import Ask, around_boundaries, completion, conversations, crowd, sampled, tokens
+from tests.e2e.suite import Ask, around_boundaries, chat, completion, conversations, crowd, sampled, tokens
 
 
 def shared_prefix() -> list[Ask]:
@@ -15,9 +15,9 @@ def long_answers() -> list[Ask]:
     return [completion(tokens(60 + 7 * i, 31), 150) for i in range(9)]
 
 
-def long_stream() -> Ask:
-    """An answer that takes long enough to kill an engine in the middle of it."""
-    return completion(tokens(120, 5), 400)
+def long_streams() -> list[Ask]:
+    """Answers that take long enough to kill an engine in the middle of them: to ids, and to text in a template."""
+    return [completion(tokens(120, 5), 400), chat("Write a long story.", 400)]
 
 
 def llama() -> list[Ask]:
@@ -28,7 +28,7 @@ def llama() -> list[Ask]:
         *sampled(),
         *shared_prefix(),
         *long_answers(),
-        long_stream(),
+        *long_streams(),
     ]
 
 

@@ -7,9 +7,9 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -136,19 +136,17 @@ def test_while_decode_runs(stacks: tuple[Stack, Service], stream: bool) -> None:
         stack.wait_idle(SOON)
 
 
-def test_a_stream_outlives_its_decode_engine(stacks: tuple[Stack, Service], plain_llama: Expected) -> None:
+def test_streams_outlive_their_decode_engine(stacks: tuple[Stack, Service], plain_llama: Expected) -> None:
     """The last test of this file: it kills a decode engine."""
     stack, _ = stacks
-    ask = expected.long_stream()
-    (plain,) = plain_llama([ask])
-    with only(*stacks):
-        got: list[list[list[int]]] = []
-        thread = threading.Thread(target=lambda: got.append(answer_streamed(stack.router, ask)))
-        thread.start()
-        wait_for(lambda: sum(r["num_requests"] for r in stack.ranks()), 60, "the stream running")
-        time.sleep(0.5)
-    os.kill(stack.ranks()[1]["pid"], signal.SIGKILL)
-    thread.join(120)
-    assert got == [plain], "the other engine should have gone on with it"
-    assert stack.router.metric("tknp_stream_continuations_total") == 1
+    asks = expected.long_streams()
+    with ThreadPoolExecutor(len(asks)) as pool:
+        with only(*stacks):
+            streams = [pool.submit(answer_streamed, stack.router, ask) for ask in asks]
+            wait_for(lambda: sum(r["num_requests"] for r in stack.ranks()) == len(asks), 60, "the streams running")
+            time.sleep(0.5)
+        os.kill(stack.ranks()[1]["pid"], signal.SIGKILL)
+        got = [stream.result(120) for stream in streams]
+    assert got == plain_llama(asks), "the other engine should have gone on with them"
+    assert stack.router.metric("tknp_stream_continuations_total") == len(asks)
     wait_for(lambda: stack.prefill.metric("vllm:kv_cache_usage_perc") == 0, 60, "the prefill engine's pool being empty")
