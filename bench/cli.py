@@ -27,6 +27,9 @@ def decode(
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth of one GPU in TB/s, for the floor.")] = 4.8,
     output: Annotated[Path | None, typer.Option(help="JSON file that the rows are added to.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Folder for each engine's output.")] = Path("logs/bench"),
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Chrome traces in --log-dir, and a table of where a step's time goes.")
+    ] = False,
 ) -> None:
     """Decode steps at full context: token parallelism against other uses of the same GPUs."""
     from bench.decode import compare, environment, table
@@ -34,7 +37,7 @@ def decode(
 
     known = json.loads(output.read_text())["rows"] if output is not None and output.exists() else []
     setups = [Setup.parse(name) for name in setup]
-    for rows in compare(shape, context, setups, batch, bandwidth * 1e12, log_dir):
+    for rows in compare(shape, context, setups, batch, bandwidth * 1e12, log_dir, trace):
         typer.echo(table(rows) + "\n")
         if output is not None:  # after each setup, so that an interrupted run leaves what it had
             output.parent.mkdir(parents=True, exist_ok=True)

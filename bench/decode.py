@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,13 +44,20 @@ class Row:
 
 
 def compare(
-    shape: str, context: int, setups: Sequence[Setup], batches: Sequence[int], bytes_per_second: float, log_dir: Path
+    shape: str,
+    context: int,
+    setups: Sequence[Setup],
+    batches: Sequence[int],
+    bytes_per_second: float,
+    log_dir: Path,
+    trace: bool = False,
 ) -> Iterator[list[Row]]:
     """Runs one setup after the other and yields, after each, all rows so far.
 
     Args:
         batches: sequences of all replicas together; a setup whose replicas can't share one equally leaves it out.
         log_dir: where each engine's output goes.
+        trace: also write Chrome traces there, and say where the time of a step goes.
 
     Raises:
         BelowFloorError: a result that can't be true.
@@ -58,17 +65,19 @@ def compare(
     """
     rows: list[Row] = []
     for setup in setups:
-        rows += _measure(shape, context, setup, batches, bytes_per_second, log_dir)
+        rows += _measure(shape, context, setup, batches, bytes_per_second, log_dir, trace)
         yield list(_with_ratios(rows))
 
 
 def _measure(
-    shape: str, context: int, setup: Setup, batches: Sequence[int], bytes_per_second: float, log_dir: Path
+    shape: str, context: int, setup: Setup, batches: Sequence[int], bytes_per_second: float, log_dir: Path, trace: bool
 ) -> Iterator[Row]:
     shares = tuple(batch // setup.num_replicas for batch in batches if batch % setup.num_replicas == 0)
     if not shares:
         return
-    job = EngineJob(shape, context, setup.tensor_parallel_size, setup.token_parallel_size, shares)
+    job = EngineJob(shape, context, setup.tensor_parallel_size, setup.token_parallel_size, shares, setup.without)
+    if trace:
+        job = replace(job, trace_dir=str((log_dir / f"{shape}-{context}-{setup.name}-trace").absolute()))
     measured = _run_replicas(setup, job, log_dir)
     for share in shares:
         # The slowest replica's steps: all run at once, and a user waits for the one that serves him.
@@ -110,7 +119,8 @@ def _run_replicas(setup: Setup, job: EngineJob, log_dir: Path) -> list[dict[int,
         results = log.with_suffix(".jsonl")
         results.unlink(missing_ok=True)
         with log.open("w") as output:
-            command = [sys.executable, "-m", "bench.engine", job.as_argument(), str(results)]
+            own = job if replica == 0 else replace(job, trace_dir="")
+            command = [sys.executable, "-m", "bench.engine", own.as_argument(), str(results)]
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices}
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         running.append((process, results))
@@ -119,7 +129,7 @@ def _run_replicas(setup: Setup, job: EngineJob, log_dir: Path) -> list[dict[int,
         if process.wait():
             raise subprocess.CalledProcessError(process.returncode, process.args)
         lines = [json.loads(line) for line in results.read_text().splitlines()]
-        found.append({line["batch"]: line["intervals"] for line in lines})
+        found.append({line["batch"]: line["intervals"] for line in lines if "batch" in line})
     return found
 
 

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.breakdown import as_json, read, table
 from bench.shapes import SHAPES
 
-_WARM_UP_TOKENS, _TOKENS = 8, 128
+_WARM_UP_TOKENS, _TOKENS, _TRACED_STEPS = 8, 128, 12
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class EngineJob:
     tensor_parallel_size: int
     token_parallel_size: int
     batches: tuple[int, ...]
+    without: str = ""
+    """See `Setup.without`."""
+    trace_dir: str = ""
+    """Where each worker's Chrome trace of a few steps of the largest batch goes; none if empty."""
 
     def as_argument(self) -> str:
         return json.dumps(asdict(self))
@@ -43,6 +48,13 @@ def main() -> None:
         result = {"batch": batch, "intervals": _intervals(llm, batch, job.context, _TOKENS)}
         with Path(sys.argv[2]).open("a") as results:
             results.write(json.dumps(result) + "\n")
+    if job.trace_dir:
+        num_micro_batches = _trace(llm, max(job.batches), job.context)
+        traces = enumerate(sorted(Path(job.trace_dir).iterdir()))
+        ranks = [read(trace, rank, SHAPES[job.shape].num_layers, num_micro_batches) for rank, trace in traces]
+        with Path(sys.argv[2]).open("a") as results:
+            results.write(json.dumps({"breakdown": as_json(ranks)}) + "\n")
+        print(table(ranks))
 
 
 def _start(job: EngineJob) -> Any:
@@ -54,11 +66,24 @@ def _start(job: EngineJob) -> Any:
         skip_tokenizer_init=True,
         tensor_parallel_size=job.tensor_parallel_size,
         token_parallel_size=job.token_parallel_size,
+        full_graphs=job.without != "piecewise",
+        overlap_from=0 if job.without else None,
         max_model_len=job.context + 512,
         max_num_seqs=max(job.batches),
         max_num_batched_tokens=16_384,
         gpu_memory_utilization=0.9,
+        # The sizes that are measured; to capture every other one takes longer than to measure.
+        compilation_config={"cudagraph_capture_sizes": sorted({1, *job.batches})},
         enable_prefix_caching=False,
+        profiler_config={
+            "profiler": "torch",
+            "torch_profiler_dir": job.trace_dir,
+            "torch_profiler_activities": ["CUDA"],
+            "torch_profiler_with_stack": False,
+            "torch_profiler_dump_cuda_time_total": False,
+        }
+        if job.trace_dir
+        else None,
         kv_transfer_config={
             "kv_connector": "DecodeBenchConnector",
             "kv_role": "kv_both",
@@ -67,14 +92,36 @@ def _start(job: EngineJob) -> Any:
     )
 
 
-def _intervals(llm: Any, batch: int, context: int, num_tokens: int) -> list[float]:
-    """Seconds between consecutive steps that both gave every request a token."""
+def _trace(llm: Any, batch: int, context: int) -> int:
+    """Runs the batch once more and has a few steps traced in which every request gets a token; returns the number of
+    micro-batches in such a step."""
+    _add_requests(llm, batch, context, _WARM_UP_TOKENS + 2 * _TRACED_STEPS)
+    full_steps, num_micro_batches = 0, 1
+    while llm.llm_engine.has_unfinished_requests():
+        if len(llm.llm_engine.step()) < batch:
+            continue
+        full_steps += 1
+        if full_steps == _WARM_UP_TOKENS:
+            llm.start_profile()
+        elif full_steps == _WARM_UP_TOKENS + _TRACED_STEPS:
+            llm.stop_profile()
+            if hasattr(llm, "token_parallel_status"):
+                num_micro_batches = llm.token_parallel_status()[0]["num_micro_batches"]
+    return num_micro_batches
+
+
+def _add_requests(llm: Any, batch: int, context: int, num_tokens: int) -> None:
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
     for number in range(batch):
         prompt = {"prompt_token_ids": [(number * 7 + j * 13) % 400 + 1 for j in range(context)]}
         llm.llm_engine.add_request(str(number), prompt, sampling)
+
+
+def _intervals(llm: Any, batch: int, context: int, num_tokens: int) -> list[float]:
+    """Seconds between consecutive steps that both gave every request a token."""
+    _add_requests(llm, batch, context, num_tokens)
     intervals, previous = [], None
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step()

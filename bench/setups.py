@@ -1,4 +1,7 @@
-"""How the GPUs of a comparison are used: `tp4`, `dp4`, `dp2tp2`, and ours, `t1p4` or `t2p2`."""
+"""How the GPUs of a comparison are used: `tp4`, `dp4`, `dp2tp2`, and ours, `t1p4` or `t2p2`.
+
+Ours with less: `t1p4-serial` has no overlapping micro-batches, `t1p4-piecewise` no FULL CUDA graphs either.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ class Setup:
     num_replicas: int
     tensor_parallel_size: int
     token_parallel_size: int
+    without: str = ""
+    """`serial` or `piecewise`, see above."""
 
     @classmethod
     def parse(cls, name: str) -> Setup:
         """Raises ValueError for a name of another form."""
-        if ours := re.fullmatch(r"t(\d+)p(\d+)", name):
-            return cls(name, 1, int(ours[1]), int(ours[2]))
+        if ours := re.fullmatch(r"t(\d+)p(\d+)(?:-(serial|piecewise))?", name):
+            return cls(name, 1, int(ours[1]), int(ours[2]), ours[3] or "")
         if name and (stock := re.fullmatch(r"(?:dp(\d+))?(?:tp(\d+))?", name)):
             return cls(name, int(stock[1] or 1), int(stock[2] or 1), 1)
         raise ValueError(f"a setup is tp<N>, dp<N>, dp<N>tp<N> or t<N>p<N>, not {name!r}")

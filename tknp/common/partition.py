@@ -14,9 +14,15 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class BlockPartition:
-    """The blocks of each token-parallel rank, rank 0 (the root) first."""
+    """The blocks of each token-parallel rank, rank 0 (the root) first.
+
+    Attributes:
+        num_blocks: of each rank.
+        root_work: blocks whose attention takes the root as long as what it computes while the others attend.
+    """
 
     num_blocks: tuple[int, ...]
+    root_work: int = 0
 
     @property
     def size(self) -> int:

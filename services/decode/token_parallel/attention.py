@@ -13,6 +13,8 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from services.decode.token_parallel.context import TokenParallelContext, get_context
+from services.decode.token_parallel.graphs import CapturedMetadata
+from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES
 from services.decode.token_parallel.rows import RowLayout
 from services.decode.token_parallel.step import RootStep
 
@@ -52,8 +54,44 @@ def _wrap_builder(inner: type[Any]) -> type[Any]:
     class TokenParallelBuilder(inner):
         # Ours differs per KV cache group, so one group's metadata cannot be patched into another's.
         supports_update_block_table = False
-        # Our forward exchanges rows with other processes, which a FULL graph of this process alone cannot hold.
-        _cudagraph_support = AttentionCGSupport.NEVER
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # Backends keep what a graph reads in buffers of the builder, so each micro-batch has one of its own.
+            self._of_micro_batch = [inner(*args, **kwargs) for _ in range(MAX_MICRO_BATCHES)]
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+            # Only the exchange over symmetric memory can be captured by one process alone; prompts take another way.
+            context = get_context()
+            if context is None or context.graphs is None:
+                return AttentionCGSupport.NEVER
+            support = inner.get_cudagraph_support(vllm_config, kv_cache_spec)
+            return min(support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda s: s.value)
+
+        def build_captured(self, micro_batch: int, common_attn_metadata: Any) -> Any:
+            """Metadata for the own rows of one micro-batch in a CUDA graph."""
+            metadata = self._of_micro_batch[micro_batch].build(0, common_attn_metadata)
+            metadata.token_parallel_slots = common_attn_metadata.slot_mapping
+            return metadata
+
+        def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+            context = get_context()
+            assert context is not None and context.graphs is not None
+            size = common_attn_metadata.num_actual_tokens
+            parts = context.graphs.sizes.num_micro_batches(size)
+            return self._build_graph([common_attn_metadata.max_seq_len] * parts, size // parts)
+
+        def _build_graph(self, longest: list[int], rows_each: int) -> CapturedMetadata:
+            context = get_context()
+            assert context is not None and context.graphs is not None
+            group = context.group_of_layer[self.layer_names[0]]
+            return CapturedMetadata(
+                [
+                    self.build_captured(m, context.graphs.own_rows[m].metadata(group, rows_each, max_seq_len))
+                    for m, max_seq_len in enumerate(longest)
+                ]
+            )
 
         def build_rows(self, common_attn_metadata: Any) -> Any:
             """Metadata for rows that are all this rank's own."""
@@ -65,6 +103,9 @@ def _wrap_builder(inner: type[Any]) -> type[Any]:
             context = get_context()
             if context is None or not context.live:
                 return self.build_rows(common_attn_metadata)
+            if context.graphs is not None and context.graphs.step is not None:
+                longest = context.write_graph_inputs(common_attn_metadata)
+                return self._build_graph(longest, context.graphs.step.rows_each)
             step = context.root_step(common_attn_metadata)
             group = context.group_of_layer[self.layer_names[0]]
             metadata: Any = self.build_rows(step.local_metadata[group]) if step.local_metadata else NoLocalRows()
@@ -115,6 +156,10 @@ def _wrap_impl(inner: type[Any], updates_cache_in_forward: bool) -> type[Any]:
             step = getattr(attn_metadata, "token_parallel_step", None)
             if attn_metadata is None:  # a profiling run, which attends to nothing
                 super().forward(layer, query, key, value, kv_cache, None, output)
+            elif isinstance(attn_metadata, CapturedMetadata):
+                context = get_context()
+                assert context is not None and context.graphs is not None
+                context.graphs.exchange_and_attend(self, layer, (query, key, value), attn_metadata, output)
             elif step is None:
                 self.attend_rows(layer, query, key, value, attn_metadata, output)
             else:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from services.decode.token_parallel.own_rows import DecodeRows
 from tknp.common.partition import RankPlace
 
 
@@ -26,7 +27,7 @@ class Batch:
         """
         self.place = place
         self._block_sizes = tuple(block_sizes)
-        self._max_blocks = tuple(-(-max_model_len // size) + 1 for size in block_sizes)
+        self.max_blocks = max_blocks(block_sizes, max_model_len)
         self._device = device
         self._owner: dict[str, int] = {}
         self._num_computed: dict[str, int] = {}
@@ -105,6 +106,25 @@ class Batch:
             )
         return metadata
 
+    def is_decode(self) -> bool:
+        """Whether vLLM's model runner takes the scheduled step for a decode of one token per request: a prompt's last
+        token counts as one, unless it is the only one (worker/gpu/model_runner.py, gather_batch_req_state)."""
+        scheduled = self.num_scheduled_tokens
+        return all(n == 1 for n in scheduled.values()) and all(self._num_computed[r] for r in scheduled)
+
+    def decode_rows(self, request_ids: Sequence[str]) -> DecodeRows:
+        """One row for each of this rank's own `request_ids`, all in a decode step."""
+        count = len(request_ids)
+        computed = np.fromiter((self._num_computed[r] for r in request_ids), np.int64, count)
+        tables, slots = [], []
+        for group, block_size in enumerate(self._block_sizes):
+            table = np.zeros((count, self.max_blocks[group]), np.int32)
+            for row, request_id in enumerate(request_ids):
+                table[row] = self._tables[request_id][group]
+            tables.append(table)
+            slots.append(table[np.arange(count), computed // block_size] * np.int64(block_size) + computed % block_size)
+        return DecodeRows((computed + 1).astype(np.int32), tables, slots)
+
     def to_index(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Row numbers as an index tensor on this rank's device."""
         return self._to_device(rows)
@@ -115,7 +135,7 @@ class Batch:
         first = next(ids[0] for ids in block_ids if ids)
         owner = self._owner[request_id] = self.place.partition.rank_of(first)
         if owner == self.place.rank:
-            self._tables[request_id] = [np.zeros(width, np.int32) for width in self._max_blocks]
+            self._tables[request_id] = [np.zeros(width, np.int32) for width in self.max_blocks]
             self._num_blocks[request_id] = [0] * len(self._block_sizes)
             self._append(request_id, block_ids)
 
@@ -138,3 +158,8 @@ class Batch:
             return tensor
         # A fresh pinned buffer each step: under async scheduling the host runs ahead of the copy.
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def max_blocks(block_sizes: Sequence[int], max_model_len: int) -> tuple[int, ...]:
+    """Per KV cache group, the width of a block table."""
+    return tuple(-(-max_model_len // size) + 1 for size in block_sizes)

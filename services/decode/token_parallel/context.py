@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.decode.token_parallel.batch import Batch
+from services.decode.token_parallel.graphs import Graphs, root_tables
 from services.decode.token_parallel.step import RootStep
 from services.decode.token_parallel.transport import Transport
 
@@ -55,6 +56,7 @@ class TokenParallelContext:
         group_of_layer: KV cache group index of each attention layer's name, in the order in which the model runs them.
         row_request_ids: on the root, the request of each row of a batch, in row order, from its
             CommonAttentionMetadata.
+        graphs: for steps that replay FULL CUDA graphs; None where there can be none.
         live: whether the forward pass that runs is a step of real requests; profiling and warm-up stay on the root.
     """
 
@@ -65,13 +67,18 @@ class TokenParallelContext:
     group_of_layer: dict[str, int] = field(default_factory=dict)
     row_request_ids: Callable[[Any], list[str]] | None = None
     live: bool = False
+    graphs: Graphs | None = None
     clock: WorkClock = field(default_factory=WorkClock)
     _step: RootStep | None = None
+    _longest: list[int] | None = None
 
     @contextmanager
     def live_step(self) -> Iterator[None]:
         """Marks the forward passes inside as a step of real requests."""
-        self.live, self._step = True, None
+        assert self.batch is not None
+        self.live, self._step, self._longest = True, None, None
+        if self.graphs is not None:
+            self.graphs.begin_step(self.batch)
         try:
             with self.clock.step():
                 yield
@@ -85,6 +92,27 @@ class TokenParallelContext:
             requests = self.row_request_ids(common_attn_metadata)
             self._step = RootStep.plan(self.batch, requests, common_attn_metadata, iter(self.group_of_layer))
         return self._step
+
+    def write_graph_inputs(self, common_attn_metadata: Any) -> list[int]:
+        """On the root, once per step: writes what the captured graph reads; the longest sequence of each micro-batch.
+
+        Raises:
+            RuntimeError: vLLM runs another graph than the KV workers expect.
+        """
+        if self._longest is None:
+            assert self.batch is not None and self.row_request_ids is not None
+            assert self.graphs is not None and self.graphs.step is not None
+            step = self.graphs.step
+            if common_attn_metadata.num_actual_tokens != step.size:
+                raise RuntimeError(
+                    f"vLLM pads this decode step to {common_attn_metadata.num_actual_tokens} rows where the KV workers "
+                    f"expect the CUDA graph of {step.size}; start the engine with --enforce-eager and report this"
+                )
+            batch_row = {request: row for row, request in enumerate(self.row_request_ids(common_attn_metadata))}
+            exchange = self.graphs.exchange
+            exchange.tables.write(root_tables(step, exchange, self.graphs.layers_before, batch_row))
+            self._longest = self.graphs.write_own_rows(self.batch, step.rows_each)
+        return self._longest
 
 
 _context: TokenParallelContext | None = None

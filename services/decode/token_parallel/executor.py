@@ -84,6 +84,8 @@ class TokenParallelExecutor(MultiprocExecutor):
         """Divides the blocks that the engine core planned for the sum of the ranks."""
         bytes_per_block = [c.kv_cache_tensors[0].size // c.num_blocks for c in kv_cache_configs]
         partition = self._divide(kv_cache_configs[0].num_blocks, bytes_per_block)
+        dense_bytes = super().collective_rpc("token_parallel_dense_bytes")[0]
+        partition = dataclasses.replace(partition, root_work=dense_bytes // bytes_per_block[0])
         # One request must fit on at least one rank, or it would wait for ever.
         largest = copy.copy(kv_cache_configs[0])
         largest.num_blocks = max(partition.num_blocks) - 1

@@ -122,6 +122,7 @@ class PartitionedKVCacheManager:
                 num_requests=requests[rank],
                 num_hit_tokens=hits[rank][1],
                 num_needed_blocks=self._blocks_for(request.num_tokens) - self._blocks_for(hits[rank][1]),
+                other_work=0 if rank else self.partition.root_work,
             )
             for rank, (num_blocks, free) in enumerate(
                 zip(self.partition.num_blocks, self.free_blocks_per_rank(), strict=True)

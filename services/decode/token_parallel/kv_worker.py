@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_initialized, ensure_kv_transfer_shutdown
+from vllm.distributed.utils import get_worker_rank_suffix
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.profiler.wrapper import create_worker_profiler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend, init_kv_cache
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
@@ -22,7 +24,9 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from services.decode.token_parallel.batch import Batch
 from services.decode.token_parallel.context import TokenParallelContext
+from services.decode.token_parallel.graph_setup import make_graphs
 from services.decode.token_parallel.group import join_group
+from services.decode.token_parallel.kv_graphs import KVGraphs
 from services.decode.token_parallel.layers import attention_layers, make_layers, parameter_bytes
 from services.decode.token_parallel.rows import RowLayout
 from services.decode.token_parallel.status import block_report, worker_status
@@ -56,6 +60,8 @@ class KVWorker(WorkerBase):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         make_layers(self.vllm_config, self._group.broadcast_object(None, src=0), self.device)
+        layers = attention_layers(self.vllm_config)
+        self.context.graphs = make_graphs(self.vllm_config, self._group, layers, self.device)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         return {}  # the root's holds
@@ -109,7 +115,17 @@ class KVWorker(WorkerBase):
         self.context.batch = Batch(place, block_sizes, self.model_config.max_model_len, self.device)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
+        graphs, batch = self.context.graphs, self.context.batch
+        if graphs is not None and batch is not None:
+            graphs.allocate(batch.max_blocks, self.device)
+            graphs.sizes = self._group.broadcast_object(None, src=0)
+            max_model_len, dtype = self.model_config.max_model_len, self.model_config.dtype
+            self._kv_graphs = KVGraphs(graphs, self._layers, self._attn_groups, max_model_len, dtype)
+            with set_forward_context(None, self.vllm_config):
+                self._kv_graphs.capture()
         return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    _kv_graphs: KVGraphs | None = None
 
     def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -137,13 +153,17 @@ class KVWorker(WorkerBase):
         self._zero_blocks(scheduler_output.new_block_ids_to_zero or ())
         ran = scheduler_output.total_num_scheduled_tokens > 0
         own_requests = batch.scheduled_by_rank()[self.context.rank] if ran else []
+        graph_step = self.context.graphs.begin_step(batch) if ran and self.context.graphs is not None else None
         with (
             set_forward_context(None, self.vllm_config),
             KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(scheduler_output) as kv_connector_output,
         ):
             if own_requests:
                 with self.context.clock.step():
-                    self._attend(batch.attention_metadata(own_requests))
+                    if graph_step is not None and self._kv_graphs is not None:
+                        self._kv_graphs.replay(batch, graph_step)
+                    else:
+                        self._attend(batch.attention_metadata(own_requests))
         output = ModelRunnerOutput.with_kv_conn_output_only(kv_connector_output)
         self._deferred_output = output if ran else None
         return None if ran else output
@@ -194,6 +214,10 @@ class KVWorker(WorkerBase):
         """Which local blocks were ever written, read from the cache itself, and which its requests ever owned."""
         return block_report(self.context, attention_layers(self.vllm_config))
 
+    def token_parallel_dense_bytes(self) -> int:
+        """None: there is no model."""
+        return 0
+
     # -- calls to all workers of an engine that concern only those with a model --
 
     def execute_dummy_batch(self) -> None:
@@ -205,8 +229,20 @@ class KVWorker(WorkerBase):
     def reset_encoder_cache(self) -> None:
         """Nothing to reset."""
 
-    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **kwargs: Any) -> None:
-        """Only the root is profiled."""
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **bounds: Any) -> None:
+        """Writes a trace of its own beside the root's (`--profiler-config`)."""
+        if is_start:
+            suffix = get_worker_rank_suffix(global_rank=self.rank)
+            name = f"{profile_prefix}_{suffix}" if profile_prefix else suffix
+            self._profiler = self._profiler or create_worker_profiler(
+                self.vllm_config.profiler_config, worker_name=name, local_rank=self.local_rank
+            )
+            self._profiler.set_output_name(name)
+            self._profiler.start(**bounds)
+        elif self._profiler is not None:
+            self._profiler.stop()
+
+    _profiler: Any = None
 
     def get_kv_connector_handshake_metadata(self) -> None:
         """Prefill engines never call on this rank: decode ranks pull."""

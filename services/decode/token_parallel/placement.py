@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_SPREAD = 0.2
-"""Difference in load, as a share of a rank's room, above which balance counts more than a prefix hit."""
+"""Difference in load, as a share of the largest rank's room, above which balance counts more than a prefix hit."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class RankState:
         num_requests: requests that live on it.
         num_hit_tokens: tokens of the new request that its prefix cache holds.
         num_needed_blocks: blocks that the new request would take from it now, beyond the hit.
+        other_work: blocks whose attention takes as long as what else the rank does while others attend; on a root whose
+            steps overlap, its matrix products.
     """
 
     num_blocks: int
@@ -28,19 +30,26 @@ class RankState:
     num_requests: int
     num_hit_tokens: int
     num_needed_blocks: int
+    other_work: int = 0
 
     @property
-    def load(self) -> float:
-        """Expected use of the rank, as a share of its room."""
-        return self.expected_blocks / self.num_blocks
+    def load(self) -> int:
+        """Expected work of the rank in a step, in blocks: a step ends when the last rank does."""
+        return self.expected_blocks + self.other_work
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its requests and the new one are expected to find room to the end."""
+        return self.expected_blocks + self.num_needed_blocks <= self.num_blocks
 
 
 def choose_rank(ranks: Sequence[RankState], max_request_blocks: int) -> int:
     """The rank for a request that may grow to `max_request_blocks`.
 
     A rank that the request could outgrow is out: it would preempt everything there and then itself, for ever. Of the
-    others, one where it fits now comes first; then the longest prefix hit, unless the loads already differ by more than
-    `MAX_SPREAD`; then the least loaded. Ties go to the highest rank, because the root has the dense work as well.
+    others, one where it fits now comes first, then one where all are expected to fit to the end; then the longest prefix
+    hit, unless the loads already differ by more than `MAX_SPREAD`; then the least loaded. Ties go to the highest rank,
+    because the root has the dense work as well.
     """
     capable = [r for r, state in enumerate(ranks) if state.num_blocks >= max_request_blocks]
     if not capable:
@@ -49,11 +58,11 @@ def choose_rank(ranks: Sequence[RankState], max_request_blocks: int) -> int:
         largest = max(state.num_blocks for state in ranks)
         capable = [r for r, state in enumerate(ranks) if state.num_blocks == largest]
     loads = [ranks[r].load for r in capable]
-    balanced = max(loads) - min(loads) <= MAX_SPREAD
+    balanced = max(loads) - min(loads) <= MAX_SPREAD * max(ranks[r].num_blocks for r in capable)
 
-    def preference(r: int) -> tuple[bool, int, float, int, int]:
+    def preference(r: int) -> tuple[bool, bool, int, int, int, int]:
         state = ranks[r]
         fits = state.num_free_blocks >= state.num_needed_blocks
-        return fits, state.num_hit_tokens if balanced else 0, -state.load, -state.num_requests, r
+        return fits, state.has_room, state.num_hit_tokens if balanced else 0, -state.load, -state.num_requests, r
 
     return max(capable, key=preference)

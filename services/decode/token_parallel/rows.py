@@ -49,6 +49,15 @@ class RowLayout:
         """A buffer that `pack`'s result is received into."""
         return torch.empty(num_rows, sum(self.widths), dtype=dtype, device=device)
 
+    def views(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As `unpack`, without copies: heads and elements are contiguous, rows are not."""
+        parts = packed.split(self.widths, dim=1)
+        query = parts[0].unflatten(1, (self.num_heads, self.head_size))
+        if self.shares_cache:
+            return query, None, None
+        key = parts[1].unflatten(1, (self.num_kv_heads, self.head_size))
+        return query, key, parts[2].unflatten(1, (self.num_kv_heads, self.head_size_v))
+
     def unpack(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Undoes `pack`: contiguous query, key and value."""
         parts = [part.contiguous() for part in packed.split(self.widths, dim=1)]

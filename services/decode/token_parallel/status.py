@@ -18,6 +18,7 @@ def worker_status(context: TokenParallelContext, layers: Mapping[str, Any], para
         layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache.untyped_storage().nbytes()
         for layer in layers.values()
     }
+    graph_step = context.graphs.step if context.graphs is not None else None
     received = getattr(get_kv_transfer_group(), "kv_bytes_received", 0) if has_kv_transfer_group() else 0
     return {
         "rank": context.rank,
@@ -28,6 +29,7 @@ def worker_status(context: TokenParallelContext, layers: Mapping[str, Any], para
         "step_seconds": context.clock.step_seconds,
         "wait_seconds": context.clock.wait_seconds,
         "num_steps": context.clock.num_steps,
+        "num_micro_batches": len(graph_step.micro_batches) if graph_step is not None else 1,  # of the last step
     }
 
 

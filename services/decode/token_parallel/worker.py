@@ -6,12 +6,16 @@ import dataclasses
 from typing import Any
 
 from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
-from services.decode.token_parallel.batch import Batch
+from services.decode.token_parallel.batch import Batch, max_blocks
 from services.decode.token_parallel.context import TokenParallelContext
+from services.decode.token_parallel.graph_model import GraphModel
+from services.decode.token_parallel.graph_setup import captured_sizes, make_graphs, overlap_from
 from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
+from services.decode.token_parallel.micro_batch import GraphSizes
 from services.decode.token_parallel.status import block_report, worker_status
 from tknp.common.partition import RankPlace, set_place
 
@@ -43,23 +47,48 @@ class RootWorker(PlatformWorker):
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         self._group.broadcast_object(describe_layers(self.vllm_config), src=0)
+        layers = attention_layers(self.vllm_config)
+        graphs = self.context.graphs = make_graphs(self.vllm_config, self._group, layers, self.device)
+        if graphs is not None:
+            model = self.model_runner.model
+            self._overlap_from = overlap_from(self.vllm_config, layers.values(), model.parameters())
+            graphs.sizes = GraphSizes((), self._overlap_from)
+            self.model_runner.model = GraphModel(model, graphs)
+
+    def determine_available_memory(self) -> int:
+        if self.context.graphs is not None:
+            # vLLM captures some graphs here, to see what memory they take, before the KV cache exists.
+            self._know_groups(get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec()))
+        return int(super().determine_available_memory())
+
+    def token_parallel_dense_bytes(self) -> int:
+        """Bytes of weights that a step reads while KV workers attend: those of both micro-batches, where steps overlap."""
+        if self._overlap_from is None:
+            return 0
+        return 2 * sum(parameter.nbytes for parameter in self.model_runner.get_model().parameters())
+
+    def _know_groups(self, groups: list[Any]) -> None:
+        block_sizes = [group.kv_cache_spec.block_size for group in groups]
+        group_of = {name: i for i, group in enumerate(groups) for name in group.layer_names}
+        layers = attention_layers(self.vllm_config)
+        self.context.group_of_layer = {
+            name: group_of[layer.kv_sharing_target_layer_name or name] for name, layer in layers.items()
+        }
+        if self.context.graphs is not None:
+            self.context.graphs.allocate(max_blocks(block_sizes, self.model_config.max_model_len), self.device)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         place = RankPlace(self.context.rank, kv_cache_config.token_parallel_partition)
         set_place(place)
-        super().initialize_from_config(kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
+        self._know_groups(groups)
+        super().initialize_from_config(kv_cache_config)
         self.context.batch = Batch(
             place,
             [group.kv_cache_spec.block_size for group in groups],
             self.model_config.max_model_len,
             self.device,
         )
-        group_of = {name: i for i, group in enumerate(groups) for name in group.layer_names}
-        layers = attention_layers(self.vllm_config)
-        self.context.group_of_layer = {
-            name: group_of[layer.kv_sharing_target_layer_name or name] for name, layer in layers.items()
-        }
         self.context.row_request_ids = self._row_request_ids
 
     def _row_request_ids(self, common_attn_metadata: Any) -> list[str]:
@@ -74,11 +103,16 @@ class RootWorker(PlatformWorker):
         # nobody else.
         self._warming_up = True
         try:
-            return super().compile_or_warm_up_model()
+            times = super().compile_or_warm_up_model()
         finally:
             self._warming_up = False
+        if self.context.graphs is not None:
+            sizes = captured_sizes(self.model_runner.cudagraph_manager, self._overlap_from)
+            self.context.graphs.sizes = self._group.broadcast_object(sizes, src=0)
+        return times
 
     _warming_up = False
+    _overlap_from: int | None = None
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._warming_up:

@@ -51,6 +51,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The plans that workers would get."""
     plans: list[Any] = []
     monkeypatch.setattr(MultiprocExecutor, "initialize_from_config", lambda _, configs: plans.extend(configs))
+    monkeypatch.setattr(MultiprocExecutor, "collective_rpc", lambda *_, **__: [3 * BLOCK_BYTES])
     return plans
 
 
@@ -58,6 +59,12 @@ def test_every_rank_gets_what_its_memory_holds(config: Any, sent: list[Any]) -> 
     made = executor(config, 30 * BLOCK_BYTES + 5, 50 * BLOCK_BYTES + BLOCK_BYTES - 1)
     made.initialize_from_config([planned(config, 80)])
     assert [plan.num_blocks for plan in sent] == [30, 50]
+
+
+def test_the_root_s_matrix_products_count_as_blocks(config: Any, sent: list[Any]) -> None:
+    executor(config, 30 * BLOCK_BYTES, 50 * BLOCK_BYTES).initialize_from_config([planned(config, 80)])
+    partition = get_partition()
+    assert partition is not None and partition.root_work == 3
     assert [plan.kv_cache_tensors[0].size for plan in sent] == [30 * BLOCK_BYTES, 50 * BLOCK_BYTES]
     partition = get_partition()
     assert partition is not None

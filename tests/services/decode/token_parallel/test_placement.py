@@ -21,8 +21,18 @@ def test_balance_counts_more_than_a_hit_once_the_loads_differ_too_much() -> None
     assert choose_rank(ranks, 10) == 1
 
 
-def test_load_is_a_share_of_the_rank_s_room() -> None:
+def test_load_is_work_not_a_share_of_the_rank_s_room() -> None:
     ranks = [replace(EMPTY, expected_blocks=10), replace(EMPTY, num_blocks=1000, expected_blocks=50)]
+    assert choose_rank(ranks, 10) == 0
+
+
+def test_other_work_counts_as_load() -> None:
+    ranks = [replace(EMPTY, expected_blocks=10, other_work=50), replace(EMPTY, expected_blocks=55)]
+    assert choose_rank(ranks, 10) == 1
+
+
+def test_a_rank_that_is_expected_to_run_full_comes_after_one_with_more_work() -> None:
+    ranks = [replace(EMPTY, expected_blocks=99), replace(EMPTY, num_blocks=1000, expected_blocks=150)]
     assert choose_rank(ranks, 10) == 1
 
 
@@ -68,6 +78,7 @@ def any_rank(rng: random.Random) -> RankState:
         num_requests=rng.randint(0, 5),
         num_hit_tokens=rng.choice([0, 0, 32, 64]),
         num_needed_blocks=rng.randint(1, 10),
+        other_work=rng.choice([0, 0, 20]),
     )
 
 
@@ -85,8 +96,9 @@ def test_properties_of_any_choice() -> None:
         fitting = [r for r in capable if r.num_free_blocks >= r.num_needed_blocks]
         assert not fitting or ranks[chosen] in fitting
         equals = fitting or capable
+        equals = [r for r in equals if r.has_room] or equals
         loads = [r.load for r in capable]
-        if max(loads) - min(loads) > MAX_SPREAD:
+        if max(loads) - min(loads) > MAX_SPREAD * max(r.num_blocks for r in capable):
             assert ranks[chosen].load == min(r.load for r in equals)
         else:
             assert ranks[chosen].num_hit_tokens == max(r.num_hit_tokens for r in equals)

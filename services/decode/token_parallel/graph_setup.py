@@ -1,0 +1,71 @@
+"""Whether an engine can replay decode steps as FULL CUDA graphs, and what that takes at start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import in_the_same_node_as
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from services.decode.token_parallel.exchange import Exchange, SymmetricMemory
+from services.decode.token_parallel.graphs import Graphs
+from services.decode.token_parallel.micro_batch import GraphSizes, overlap_threshold
+from services.decode.token_parallel.options import TokenParallelOptions
+from services.decode.token_parallel.rows import RowLayout
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device: torch.device) -> Graphs | None:
+    """Called by root and KV workers once they have their attention layers; None where steps are sent layer by layer.
+
+    Args:
+        group: vLLM's token-parallel group.
+    """
+    if not current_platform.is_cuda() or not TokenParallelOptions.of(vllm_config).full_graphs:
+        return None
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is None or mode.decode_mode() != CUDAGraphMode.FULL:
+        return None
+    if not all(in_the_same_node_as(group.cpu_group, source_rank=0)):
+        logger.warning(
+            "token parallelism: its ranks are on several machines, which share no memory, so rows travel over NCCL and "
+            "decode steps replay no FULL CUDA graphs"
+        )
+        return None
+    dtype = vllm_config.model_config.dtype
+    layouts = [RowLayout.of(layer) for layer in layers.values()]
+    width = max(max(sum(layout.widths), layout.num_heads * layout.head_size_v) for layout in layouts)
+    width = -(-width // 64) * 64  # rows begin where any vector load may begin
+    limit = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    max_rows = max(1, min(limit, vllm_config.scheduler_config.max_num_seqs))
+    num_bytes = Exchange.num_bytes(group.world_size, max_rows, width, dtype)
+    memory = SymmetricMemory(group.device_group, num_bytes, device)
+    exchange = Exchange(memory, group.rank_in_group, group.world_size, max_rows, width, dtype)
+    return Graphs(exchange, list(layers))
+
+
+def overlap_from(vllm_config: Any, layers: Iterable[Any], parameters: Iterable[torch.Tensor]) -> int | None:
+    """On the root: rows from which decode steps run in two micro-batches; None for never."""
+    options = TokenParallelOptions.of(vllm_config)
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        # vLLM's all-reduce keeps one set of buffers, which two streams at once would share.
+        return None
+    if options.overlap_from is not None:
+        return options.overlap_from or None
+    layouts = [RowLayout.of(layer) for layer in layers]
+    item = vllm_config.model_config.dtype.itemsize
+    kv_bytes = item * sum(sum(layout.widths[1:]) for layout in layouts)
+    weight_bytes = sum(parameter.nbytes for parameter in parameters)
+    return overlap_threshold(weight_bytes, kv_bytes, vllm_config.model_config.max_model_len, options.size)
+
+
+def captured_sizes(cudagraph_manager: Any, overlap: int | None) -> GraphSizes:
+    """What vLLM's runner has captured for decode steps."""
+    descriptors = cudagraph_manager.graphs if cudagraph_manager is not None else {}
+    sizes = {d.num_tokens for d in descriptors if d.cg_mode == CUDAGraphMode.FULL and d.uniform_token_count == 1}
+    return GraphSizes(tuple(sorted(sizes)), overlap)

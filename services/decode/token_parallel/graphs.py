@@ -1,0 +1,148 @@
+"""What root and KV workers share to replay decode steps as FULL CUDA graphs.
+
+A graph is captured once for a number of rows; who owns which row is read from tables in device memory that each step
+writes anew (exchange.StepTables, own_rows.OwnRows). Root and KV workers capture on their own and at any time, because
+the exchange inside a graph needs no call of the other side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from services.decode.token_parallel.batch import Batch
+from services.decode.token_parallel.exchange import Exchange
+from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES, GraphSizes, MicroBatch, divide
+from services.decode.token_parallel.own_rows import OwnRows
+from services.decode.token_parallel.rows import RowLayout
+
+
+@dataclass(frozen=True)
+class GraphStep:
+    """A decode step that replays graphs.
+
+    Attributes:
+        size: rows of the root's graph.
+        micro_batches: its rows; `size` divided by their number holds those of each.
+    """
+
+    size: int
+    micro_batches: list[MicroBatch]
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of one micro-batch in the root's graph."""
+        return self.size // len(self.micro_batches)
+
+
+class CapturedMetadata:
+    """Attention metadata of the layers of one KV cache group inside a graph: vLLM's own, per micro-batch."""
+
+    def __init__(self, metadata: list[Any]) -> None:
+        self.token_parallel_captured = metadata
+
+
+class Graphs:
+    """One rank's part in replaying graphs."""
+
+    def __init__(self, exchange: Exchange, layer_names: Sequence[str]) -> None:
+        """Args:
+        layer_names: attention layers in the order in which all ranks run them.
+        """
+        self.exchange = exchange
+        self.sizes = GraphSizes()
+        """Set once the root has captured its graphs."""
+        self.overlap_from: int | None = None
+        """Rows from which graphs hold two micro-batches."""
+        self.micro_batch = 0
+        """The one whose layers are being captured."""
+        self.step: GraphStep | None = None
+        """The step that runs, if it replays graphs."""
+        self._index = {name: i for i, name in enumerate(layer_names)}
+        self.own_rows: list[OwnRows] = []
+
+    def allocate(self, max_blocks: Sequence[int], device: torch.device) -> None:
+        """Once the KV cache groups are known; see `OwnRows`."""
+        self.own_rows = [OwnRows(self.exchange.max_rows, max_blocks, device) for _ in range(MAX_MICRO_BATCHES)]
+
+    @contextmanager
+    def capturing(self, micro_batch: int) -> Iterator[None]:
+        """Marks the layers run inside as those of one micro-batch."""
+        self.micro_batch = micro_batch
+        yield
+        self.micro_batch = 0
+
+    def begin_step(self, batch: Batch) -> GraphStep | None:
+        """Decides, alike on every rank, whether the scheduled step replays graphs, and how it is divided."""
+        size = self.sizes.size_for(len(batch.num_scheduled_tokens)) if batch.is_decode() else None
+        if size is None:
+            self.step = None
+        else:
+            parts = self.sizes.num_micro_batches(size)
+            self.step = GraphStep(size, divide(batch.scheduled_by_rank(), parts))
+            self.exchange.num_steps += 1
+        return self.step
+
+    def write_own_rows(self, batch: Batch, rows_each: int) -> list[int]:
+        """Writes the own rows of the step's micro-batches; returns the longest sequence of each."""
+        assert self.step is not None
+        longest = []
+        for own, part in zip(self.own_rows, self.step.micro_batches, strict=False):
+            rows = batch.decode_rows(part.requests[self.exchange.rank])
+            own.write(rows, rows_each)
+            longest.append(int(rows.seq_lens.max(initial=1)))
+        return longest
+
+    @property
+    def layers_before(self) -> int:
+        """Layers counted before this step, which flags are compared with."""
+        return self.exchange.num_steps * len(self._index)
+
+    def exchange_and_attend(self, impl: Any, layer: Any, qkv: Any, metadata: Any, output: torch.Tensor) -> None:
+        """The root's part of one layer, as it is captured: remote rows go out first, so that their owners work while
+        the root attends to its own."""
+        m, index = self.micro_batch, self._index[layer.layer_name]
+        self.exchange.send(m, index, RowLayout.of(layer), qkv)
+        impl.attend_rows(layer, *qkv, metadata.token_parallel_captured[m], output)
+        self.exchange.wait(m, index)
+        self.exchange.take(m, output)
+
+
+def root_tables(step: GraphStep, exchange: Exchange, layers_before: int, batch_row: dict[str, int]) -> list[Any]:
+    """The root's `StepTables` for a step.
+
+    Args:
+        batch_row: the row of each request in the model runner's batch.
+    """
+    tables = exchange.tables.idle()
+    tables[0][:] = layers_before
+    for m, part in enumerate(step.micro_batches):
+        target_rank, target_row, order, needed = tables[2 + 4 * m : 6 + 4 * m]
+        for rank, (first, requests) in enumerate(zip(part.first_rows, part.requests, strict=True)):
+            rows = slice(first, first + len(requests))
+            order[rows] = [batch_row[request] for request in requests]
+            if rank and requests:
+                target_rank[rows] = rank
+                target_row[rows] = np.arange(len(requests))
+                needed[rank] = layers_before
+        tables[1][order[: part.num_rows]] = m * step.rows_each + np.arange(part.num_rows)
+    return tables
+
+
+def worker_tables(step: GraphStep, exchange: Exchange, layers_before: int) -> list[Any]:
+    """A KV worker's `StepTables` for a step."""
+    tables = exchange.tables.idle()
+    tables[0][:] = layers_before
+    for m, part in enumerate(step.micro_batches):
+        target_rank, target_row, _, needed = tables[2 + 4 * m : 6 + 4 * m]
+        count = len(part.requests[exchange.rank])
+        if count:
+            target_rank[:count] = 0
+            target_row[:count] = part.first_rows[exchange.rank] + np.arange(count)
+            needed[0] = layers_before
+    return tables
