@@ -14,8 +14,8 @@ _KINDS = (
     ("wait", ("wait_for_flags",)),
     ("send", ("put_rows", "ncclDevKernel")),
     ("take", ("take_rows",)),
-    ("attention", ("flash", "prepare_varlen", "attention", "paged")),
     ("kv write", ("reshape_and_cache",)),
+    ("attention", ("flash", "prepare_varlen", "attention", "paged")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitKreduce", "cublas")),
 )
 """Kernel names hold one of these, in the order in which they are looked for; the rest is `other`."""

@@ -49,7 +49,7 @@ def main() -> None:
         with Path(sys.argv[2]).open("a") as results:
             results.write(json.dumps(result) + "\n")
     if job.trace_dir:
-        num_micro_batches = _trace(llm, max(job.batches), job.context)
+        num_micro_batches = _trace(llm, job)
         traces = enumerate(sorted(Path(job.trace_dir).iterdir()))
         ranks = [read(trace, rank, SHAPES[job.shape].num_layers, num_micro_batches) for rank, trace in traces]
         with Path(sys.argv[2]).open("a") as results:
@@ -66,14 +66,16 @@ def _start(job: EngineJob) -> Any:
         skip_tokenizer_init=True,
         tensor_parallel_size=job.tensor_parallel_size,
         token_parallel_size=job.token_parallel_size,
-        full_graphs=job.without != "piecewise",
         overlap_from=0 if job.without else None,
         max_model_len=job.context + 512,
         max_num_seqs=max(job.batches),
         max_num_batched_tokens=16_384,
         gpu_memory_utilization=0.9,
         # The sizes that are measured; to capture every other one takes longer than to measure.
-        compilation_config={"cudagraph_capture_sizes": sorted({1, *job.batches})},
+        compilation_config={
+            "cudagraph_capture_sizes": sorted({1, *job.batches}),
+            **({"cudagraph_mode": "PIECEWISE"} if job.without == "piecewise" else {}),
+        },
         enable_prefix_caching=False,
         profiler_config={
             "profiler": "torch",
@@ -92,10 +94,11 @@ def _start(job: EngineJob) -> Any:
     )
 
 
-def _trace(llm: Any, batch: int, context: int) -> int:
+def _trace(llm: Any, job: EngineJob) -> int:
     """Runs the batch once more and has a few steps traced in which every request gets a token; returns the number of
     micro-batches in such a step."""
-    _add_requests(llm, batch, context, _WARM_UP_TOKENS + 2 * _TRACED_STEPS)
+    batch = max(job.batches)
+    _add_requests(llm, batch, job.context, _WARM_UP_TOKENS + 2 * _TRACED_STEPS)
     full_steps, num_micro_batches = 0, 1
     while llm.llm_engine.has_unfinished_requests():
         if len(llm.llm_engine.step()) < batch:
@@ -105,7 +108,7 @@ def _trace(llm: Any, batch: int, context: int) -> int:
             llm.start_profile()
         elif full_steps == _WARM_UP_TOKENS + _TRACED_STEPS:
             llm.stop_profile()
-            if hasattr(llm, "token_parallel_status"):
+            if job.token_parallel_size > 1:
                 num_micro_batches = llm.token_parallel_status()[0]["num_micro_batches"]
     return num_micro_batches
 

@@ -144,6 +144,15 @@ def decode(
     host: Host = "127.0.0.1",
     port: Port = 8200,
     token_parallel_size: TokenParallelSize = 1,
+    token_parallel_overlap_from: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Requests from which a decode step on GPUs runs in two micro-batches, the root's matrix products of one "
+            "under the attention of the other; 0 is never.",
+            show_default="where a rank's KV cache outweighs the model's weights",
+        ),
+    ] = None,
     side_channel_port: SideChannelPort = None,
 ) -> None:
     """Start one decode engine.
@@ -154,7 +163,8 @@ def decode(
     from services.decode.service import run_decode
 
     with _in_one_sentence():
-        run_decode(model, host, port, token_parallel_size, side_channel_port, list(context.args))
+        overlap = token_parallel_overlap_from
+        run_decode(model, host, port, token_parallel_size, side_channel_port, list(context.args), overlap)
 
 
 app.add_typer(bench_app, name="bench")

@@ -15,6 +15,7 @@ def run_decode(
     token_parallel_size: int = 1,
     side_channel_port: int | None = None,
     vllm_args: Sequence[str] = (),
+    overlap_from: int | None = None,
 ) -> None:
     """Serves until the process is told to end. Without a prefill pool it is an ordinary OpenAI server, which prefills
     itself.
@@ -25,13 +26,14 @@ def run_decode(
         token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
         side_channel_port: see `run_prefill`; None picks a free port.
         vllm_args: further options of vLLM's server, by vLLM's names.
+        overlap_from: see `TokenParallelOptions`.
 
     Raises:
         UnsupportedConfigurationError: an option cannot be combined with token parallelism.
     """
     from services.decode.token_parallel.options import TokenParallelOptions
 
-    options = TokenParallelOptions(token_parallel_size)
+    options = TokenParallelOptions(token_parallel_size, overlap_from=overlap_from)
     tensor_parallel_size = int(option_value(vllm_args, "--tensor-parallel-size") or option_value(vllm_args, "-tp") or 1)
     device = prepare_environment(host, side_channel_port, tensor_parallel_size * token_parallel_size)
 

@@ -16,6 +16,7 @@ from services.decode.token_parallel.context import TokenParallelContext, get_con
 from services.decode.token_parallel.graphs import CapturedMetadata
 from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES
 from services.decode.token_parallel.rows import RowLayout
+from services.decode.token_parallel.splits import splitting
 from services.decode.token_parallel.step import RootStep
 
 
@@ -58,7 +59,7 @@ def _wrap_builder(inner: type[Any]) -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             # Backends keep what a graph reads in buffers of the builder, so each micro-batch has one of its own.
-            self._of_micro_batch = [inner(*args, **kwargs) for _ in range(MAX_MICRO_BATCHES)]
+            self._of_micro_batch = [splitting(inner)(*args, **kwargs) for _ in range(MAX_MICRO_BATCHES)]
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

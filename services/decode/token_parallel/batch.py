@@ -125,6 +125,16 @@ class Batch:
             slots.append(table[np.arange(count), computed // block_size] * np.int64(block_size) + computed % block_size)
         return DecodeRows((computed + 1).astype(np.int32), tables, slots)
 
+    def any_rows(self, count: int, num_blocks: int, first: int) -> DecodeRows:
+        """Rows of nobody, each over `num_blocks` blocks of its own, that write nothing: for measuring."""
+        tables = [np.zeros((count, width), np.int32) for width in self.max_blocks]
+        blocks = (np.arange(count)[:, None] + first) * num_blocks + np.arange(num_blocks) + 1
+        for table in tables:
+            width = min(num_blocks, table.shape[1])
+            table[:, :width] = (blocks % self.place.num_blocks)[:, :width]
+        seq_lens = np.full(count, num_blocks * self._block_sizes[0], np.int32)
+        return DecodeRows(seq_lens, tables, [np.full(count, -1, np.int64) for _ in tables])
+
     def to_index(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Row numbers as an index tensor on this rank's device."""
         return self._to_device(rows)

@@ -84,7 +84,7 @@ class Exchange:
         """Args:
         memory: `SymmetricMemory` of at least `num_bytes(...)`.
         max_rows: rows of a micro-batch.
-        row_width: elements of the widest row of any layer, either way.
+        row_width: elements of the widest row of any layer, either way; a multiple of 64.
         """
         self.rank, self.size, self.max_rows = rank, size, max_rows
         self._row_width, self._dtype = row_width, dtype
@@ -98,11 +98,12 @@ class Exchange:
         self._flags = flags.view(MAX_MICRO_BATCHES, size)
         self.tables = StepTables(size, max_rows, device)
         self.num_steps = 0
+        self._max_ranks = 1 << (size - 1).bit_length()
 
     @staticmethod
     def num_bytes(size: int, max_rows: int, row_width: int, dtype: torch.dtype) -> int:
         """Bytes of symmetric memory that each rank needs."""
-        return MAX_MICRO_BATCHES * (max_rows * row_width * dtype.itemsize + size * 8)
+        return MAX_MICRO_BATCHES * (max_rows * row_width * int(dtype.itemsize) + size * 8)
 
     def received(self, micro_batch: int, num_rows: int, width: int) -> torch.Tensor:
         """The rows that others wrote here, `[num_rows, width]`; rows are `row_width` apart."""
@@ -145,22 +146,23 @@ class Exchange:
             self.tables.target_row[micro_batch],
             self._addresses,
             micro_batch * self._rows_bytes,
-            self._row_width,
             self._addresses,
             self._flags_at + (micro_batch * self.size + self.rank) * 8,
             self._arrived[micro_batch:],
             self.tables.step,
             layer,
+            ROW_WIDTH=self._row_width,
             QUERY_WIDTH=widths[0],
             KEY_WIDTH=widths[1],
             VALUE_WIDTH=widths[2],
             FIRST_RANK=ranks[0],
             END_RANK=ranks[1],
+            MAX_RANKS=self._max_ranks,
             BLOCK=_BLOCK,
         )
 
     def wait(self, micro_batch: int, layer: int) -> None:
-        """Holds up the current stream until the rows of this layer are here; on the root, of all ranks that own some."""
+        """Holds up the current stream until this layer's rows are here; on the root, of all ranks that own some."""
         from services.decode.token_parallel.symmetric_kernels import wait_for_flags
 
         first, end = (1, self.size) if self.rank == 0 else (0, 1)
@@ -171,12 +173,13 @@ class Exchange:
             layer,
             FIRST_RANK=first,
             END_RANK=end,
+            MAX_RANKS=self._max_ranks,
             num_warps=1,
             **options,
         )
 
     def take(self, micro_batch: int, output: torch.Tensor) -> None:
-        """On the root: puts the outputs that arrived beside its own in `output`, `[num_rows, num_heads, head_size_v]`."""
+        """On the root: puts the outputs that arrived beside its own in `output`, of the same shape as theirs."""
         from services.decode.token_parallel.symmetric_kernels import take_rows
 
         num_rows, width = output.shape[0], output.shape[1] * output.shape[2]

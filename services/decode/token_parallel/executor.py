@@ -21,7 +21,8 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from services.decode.token_parallel.engine_state import get_engine_state
 from services.decode.token_parallel.options import TokenParallelOptions, refuse_unsupported
-from tknp.common.partition import BlockPartition, set_partition
+from services.decode.token_parallel.pace import root_work_in_blocks
+from tknp.common.partition import BlockPartition, get_partition, set_partition
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -84,8 +85,6 @@ class TokenParallelExecutor(MultiprocExecutor):
         """Divides the blocks that the engine core planned for the sum of the ranks."""
         bytes_per_block = [c.kv_cache_tensors[0].size // c.num_blocks for c in kv_cache_configs]
         partition = self._divide(kv_cache_configs[0].num_blocks, bytes_per_block)
-        dense_bytes = super().collective_rpc("token_parallel_dense_bytes")[0]
-        partition = dataclasses.replace(partition, root_work=dense_bytes // bytes_per_block[0])
         # One request must fit on at least one rank, or it would wait for ever.
         largest = copy.copy(kv_cache_configs[0])
         largest.num_blocks = max(partition.num_blocks) - 1
@@ -107,6 +106,22 @@ class TokenParallelExecutor(MultiprocExecutor):
             plan.token_parallel_partition = partition
         logger.info("token parallelism: KV blocks per rank %s", partition.num_blocks)
         super().initialize_from_config(plans)
+
+    def compile_or_warm_up_model(self) -> None:
+        super().compile_or_warm_up_model()
+        # The scheduler is made after this.
+        partition = get_partition()
+        paces = super().collective_rpc("token_parallel_pace")
+        dense, per_block = paces[0], [pace for pace in paces[self._num_root_workers :] if pace is not None]
+        if partition is not None and dense is not None and per_block:
+            work = root_work_in_blocks(dense, per_block)
+            set_partition(dataclasses.replace(partition, root_work=work))
+            logger.info(
+                "token parallelism: the root's matrix products take %.1f ms, as long as attention to %d KV blocks, so "
+                "it is given that much less of it",
+                dense * 1e3,
+                work,
+            )
 
     def _divide(self, total: int, bytes_per_block: list[int]) -> BlockPartition:
         room = [

@@ -14,8 +14,8 @@ from services.decode.token_parallel.graphs import CapturedMetadata, Graphs
 class GraphModel(nn.Module):
     """Wraps the model of vLLM's runner, as vLLM's own wrappers for CUDA graphs and micro-batches do.
 
-    While a FULL graph is captured, the batch's rows are put in the order of their owners, and each micro-batch runs on a
-    stream of its own: the device then has something to do on the root while the rows of the other are away.
+    While a FULL graph is captured, the batch's rows are put in the order of their owners, and each micro-batch runs on
+    a stream of its own: the root's device then has something to do while the rows of the other are away.
     """
 
     def __init__(self, model: nn.Module, graphs: Graphs) -> None:

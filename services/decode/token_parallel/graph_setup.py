@@ -26,10 +26,8 @@ def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device:
     Args:
         group: vLLM's token-parallel group.
     """
-    if not current_platform.is_cuda() or not TokenParallelOptions.of(vllm_config).full_graphs:
-        return None
     mode = vllm_config.compilation_config.cudagraph_mode
-    if mode is None or mode.decode_mode() != CUDAGraphMode.FULL:
+    if not current_platform.is_cuda() or mode is None or mode.decode_mode() != CUDAGraphMode.FULL:
         return None
     if not all(in_the_same_node_as(group.cpu_group, source_rank=0)):
         logger.warning(

@@ -91,12 +91,10 @@ class Graphs:
     def write_own_rows(self, batch: Batch, rows_each: int) -> list[int]:
         """Writes the own rows of the step's micro-batches; returns the longest sequence of each."""
         assert self.step is not None
-        longest = []
-        for own, part in zip(self.own_rows, self.step.micro_batches, strict=False):
-            rows = batch.decode_rows(part.requests[self.exchange.rank])
-            own.write(rows, rows_each)
-            longest.append(int(rows.seq_lens.max(initial=1)))
-        return longest
+        written = self.own_rows[: len(self.step.micro_batches)]
+        for own, part in zip(written, self.step.micro_batches, strict=True):
+            own.write(batch.decode_rows(part.requests[self.exchange.rank]), rows_each)
+        return [own.longest for own in written]
 
     @property
     def layers_before(self) -> int:

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from services.decode.token_parallel.batch import Batch
 from services.decode.token_parallel.graphs import Graphs, GraphStep, worker_tables
+from services.decode.token_parallel.pace import seconds_of
 from services.decode.token_parallel.rows import RowLayout
 
 
@@ -56,6 +57,21 @@ class KVGraphs:
         exchange.tables.write(worker_tables(step, exchange, self._graphs.layers_before))
         self._build(rows, self._graphs.write_own_rows(batch, rows))
         self._captured[rows, parts].replay()
+
+    def pace(self, batch: Batch) -> float | None:
+        """Seconds of attention for each KV block, measured on as many rows as the largest graph holds."""
+        if not self._captured:
+            return None
+        rows, parts = max(self._captured, key=lambda shape: shape[0] * shape[1])
+        empty = seconds_of(self._captured[rows, parts].replay)
+        blocks_each = min(batch.max_blocks[0] - 1, (batch.place.num_blocks - 1) // (rows * parts))
+        if blocks_each < 1:
+            return None
+        for m in range(parts):
+            self._graphs.own_rows[m].write(batch.any_rows(rows, blocks_each, first=m * rows), rows)
+        self._build(rows, [own.longest for own in self._graphs.own_rows[:parts]])
+        full = seconds_of(self._captured[rows, parts].replay)
+        return max(0.0, full - empty) / (rows * parts * blocks_each)
 
     def _build(self, rows: int, longest: Sequence[int]) -> list[dict[str, Any]]:
         """Per micro-batch, each layer's metadata; what backends keep in buffers of their own is written anew."""

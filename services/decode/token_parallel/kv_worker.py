@@ -214,9 +214,11 @@ class KVWorker(WorkerBase):
         """Which local blocks were ever written, read from the cache itself, and which its requests ever owned."""
         return block_report(self.context, attention_layers(self.vllm_config))
 
-    def token_parallel_dense_bytes(self) -> int:
-        """None: there is no model."""
-        return 0
+    def token_parallel_pace(self) -> float | None:
+        """Seconds of attention, of all layers, for each KV block; None where steps replay no graphs."""
+        return (
+            None if self._kv_graphs is None or self.context.batch is None else self._kv_graphs.pace(self.context.batch)
+        )
 
     # -- calls to all workers of an engine that concern only those with a model --
 

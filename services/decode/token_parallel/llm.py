@@ -24,20 +24,19 @@ class TokenParallelLLM(LLM):
         *,
         token_parallel_size: int = 1,
         blocks_per_rank: Sequence[int] | None = None,
-        full_graphs: bool = True,
         overlap_from: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Args:
         token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
-        blocks_per_rank, full_graphs, overlap_from: see `TokenParallelOptions`.
+        blocks_per_rank, overlap_from: see `TokenParallelOptions`.
         kwargs: vLLM's own.
 
         Raises:
             UnsupportedConfigurationError: something in `kwargs` cannot be combined with token parallelism.
         """
         blocks = tuple(blocks_per_rank) if blocks_per_rank else None
-        options = TokenParallelOptions(token_parallel_size, blocks, full_graphs, overlap_from)
+        options = TokenParallelOptions(token_parallel_size, blocks, overlap_from)
         super().__init__(model=model, **{**kwargs, **engine_args(options, kwargs.get("additional_config"))})
 
     def token_parallel_status(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How a decode step is divided for replaying CUDA graphs: pure functions that every rank of an engine computes alike."""
+"""How a decode step is divided for replaying CUDA graphs: pure functions, which every rank computes alike."""
 
 from __future__ import annotations
 

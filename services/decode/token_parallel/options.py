@@ -21,14 +21,12 @@ class TokenParallelOptions:
     Attributes:
         size: number of token-parallel ranks; 1 means plain vLLM.
         blocks_per_rank: KV blocks of each rank, root first; None gives every rank what its memory holds.
-        full_graphs: on GPUs, decode steps replay FULL CUDA graphs, whose rows travel over symmetric memory.
-        overlap_from: rows from which such a step runs in two micro-batches, so that the root computes matrix products
-            while the others attend; 0 is never, None where it should pay (micro_batch.overlap_threshold).
+        overlap_from: rows from which a decode step on GPUs runs in two micro-batches, so that the root computes matrix
+            products while the others attend; 0 is never, None where it should pay (micro_batch.overlap_threshold).
     """
 
     size: int = 1
     blocks_per_rank: tuple[int, ...] | None = None
-    full_graphs: bool = True
     overlap_from: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +48,6 @@ class TokenParallelOptions:
         return cls(
             size=int(given["size"]),
             blocks_per_rank=tuple(blocks) if blocks else None,
-            full_graphs=bool(given.get("full_graphs", True)),
             overlap_from=given.get("overlap_from"),
         )
 
@@ -59,8 +56,6 @@ class TokenParallelOptions:
         config: dict[str, Any] = {"size": self.size}
         if self.blocks_per_rank is not None:
             config["blocks_per_rank"] = list(self.blocks_per_rank)
-        if not self.full_graphs:
-            config["full_graphs"] = False
         if self.overlap_from is not None:
             config["overlap_from"] = self.overlap_from
         return {CONFIG_KEY: config}

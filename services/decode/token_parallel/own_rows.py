@@ -1,4 +1,4 @@
-"""What attention needs of this rank's own rows in a decode step, in device memory at fixed addresses for CUDA graphs."""
+"""What attention needs of a rank's own rows in a decode step, in device memory at fixed addresses for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ class OwnRows:
             padded = np.full(num_rows, -1, np.int64)
             padded[:count] = slots
             _copy(padded, self._slots[group][:num_rows])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence written last, at least 1."""
+        return max(1, int(self._seq_lens_host.max()))
 
     def metadata(self, group: int, num_rows: int, max_seq_len: int) -> CommonAttentionMetadata:
         """For a graph of `num_rows`; the tensors are views that keep their addresses."""

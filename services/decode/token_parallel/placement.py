@@ -47,9 +47,9 @@ def choose_rank(ranks: Sequence[RankState], max_request_blocks: int) -> int:
     """The rank for a request that may grow to `max_request_blocks`.
 
     A rank that the request could outgrow is out: it would preempt everything there and then itself, for ever. Of the
-    others, one where it fits now comes first, then one where all are expected to fit to the end; then the longest prefix
-    hit, unless the loads already differ by more than `MAX_SPREAD`; then the least loaded. Ties go to the highest rank,
-    because the root has the dense work as well.
+    others, one where it fits now comes first, then one where all are expected to fit to the end; then the longest
+    prefix hit, unless the loads already differ by more than `MAX_SPREAD`; then the least loaded. Ties go to the highest
+    rank, because the root has the dense work as well.
     """
     capable = [r for r, state in enumerate(ranks) if state.num_blocks >= max_request_blocks]
     if not capable:

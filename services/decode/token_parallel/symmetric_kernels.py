@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["buffer_offset", "row_width", "flag_offset", "layer"])
+@triton.jit(do_not_specialize=["buffer_offset", "flag_offset", "layer"])
 def put_rows(
     query,
     key,
@@ -27,34 +27,38 @@ def put_rows(
     target_row,
     buffers,
     buffer_offset,
-    row_width,
     flags,
     flag_offset,
     arrived,
     step,
     layer,
+    ROW_WIDTH: tl.constexpr,
     QUERY_WIDTH: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     FIRST_RANK: tl.constexpr,
     END_RANK: tl.constexpr,
+    MAX_RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes rows `[query | key | value]` to their ranks, then raises the flags of `FIRST_RANK..END_RANK-1`.
+    """Writes rows `[query | key | value]` to their ranks, then raises the flags of `FIRST_RANK..END_RANK-1` at once.
 
     Args:
         target_rank, target_row: int64 `[num_rows]`; rank -1 is nobody.
         buffers, flags: int64 addresses by rank; the offsets are bytes.
-        row_width: elements between rows at the target.
+        ROW_WIDTH: elements between rows at the target, a multiple of 64.
         arrived: int32 `[1]`, zero before and after.
         step: int64 `[1]`, layers counted before this step.
+        MAX_RANKS: a power of two, at least the number of ranks.
     """
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.load(target_rank + row)
     if rank >= 0:
-        address = tl.load(buffers + rank) + buffer_offset
-        target = address.to(tl.pointer_type(query.dtype.element_ty)) + tl.load(target_row + row) * row_width
+        # The hints let it store 16 bytes at a time; an address alone says nothing about its alignment.
+        address = tl.multiple_of(tl.load(buffers + rank) + buffer_offset, 16)
+        start = tl.multiple_of(tl.load(target_row + row) * ROW_WIDTH, 64)
+        target = tl.multiple_of(address.to(tl.pointer_type(query.dtype.element_ty)) + start, 16)
         row_values = tl.load(query + row * query_stride + columns, mask=columns < QUERY_WIDTH, other=0.0)
         if KEY_WIDTH > 0:
             in_key = (columns >= QUERY_WIDTH) & (columns < QUERY_WIDTH + KEY_WIDTH)
@@ -69,24 +73,27 @@ def put_rows(
     if before == tl.num_programs(0) * tl.num_programs(1) - 1:
         tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
         reached = tl.load(step) + layer + 1
-        for peer in tl.static_range(FIRST_RANK, END_RANK):
-            flag = (tl.load(flags + peer) + flag_offset).to(tl.pointer_type(tl.int64))
-            tl.atomic_xchg(flag, reached, sem="release", scope="sys")
+        peers = tl.arange(0, MAX_RANKS)
+        others = (peers >= FIRST_RANK) & (peers < END_RANK)
+        raised = (tl.load(flags + peers, mask=others, other=0) + flag_offset).to(tl.pointer_type(tl.int64))
+        tl.atomic_xchg(raised, reached + peers * 0, mask=others, sem="release", scope="sys")
 
 
 @triton.jit(do_not_specialize=["layer"])
-def wait_for_flags(flags, needed, layer, FIRST_RANK: tl.constexpr, END_RANK: tl.constexpr):
+def wait_for_flags(flags, needed, layer, FIRST_RANK: tl.constexpr, END_RANK: tl.constexpr, MAX_RANKS: tl.constexpr):
     """One program that returns when this rank's flags have reached what is needed of each rank.
 
     Args:
         flags: int64 `[num_ranks]`, raised by others.
         needed: int64 `[num_ranks]`, layers counted before this step; very negative for a rank that sends nothing.
     """
-    for peer in tl.static_range(FIRST_RANK, END_RANK):
-        reached = tl.load(needed + peer) + layer + 1
-        seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
-        while seen < reached:
-            seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
+    peers = tl.arange(0, MAX_RANKS)
+    others = (peers >= FIRST_RANK) & (peers < END_RANK)
+    reached = tl.load(needed + peers, mask=others, other=0) + layer + 1
+    missing = tl.sum(others.to(tl.int32))
+    while missing > 0:
+        seen = tl.atomic_add(flags + peers, 0, mask=others, sem="acquire", scope="sys")
+        missing = tl.sum((others & (seen < reached)).to(tl.int32))
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
 from services.decode.token_parallel.micro_batch import GraphSizes
+from services.decode.token_parallel.pace import seconds_of
 from services.decode.token_parallel.status import block_report, worker_status
 from tknp.common.partition import RankPlace, set_place
 
@@ -61,11 +62,14 @@ class RootWorker(PlatformWorker):
             self._know_groups(get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec()))
         return int(super().determine_available_memory())
 
-    def token_parallel_dense_bytes(self) -> int:
-        """Bytes of weights that a step reads while KV workers attend: those of both micro-batches, where steps overlap."""
-        if self._overlap_from is None:
-            return 0
-        return 2 * sum(parameter.nbytes for parameter in self.model_runner.get_model().parameters())
+    def token_parallel_pace(self) -> float | None:
+        """Seconds of a decode step in which this root does not attend, of the largest batch that runs in micro-batches;
+        None if none does, since the others then wait for it anyway."""
+        graphs, manager = self.context.graphs, self.model_runner.cudagraph_manager
+        if graphs is None or not graphs.sizes.sizes or graphs.sizes.num_micro_batches(graphs.sizes.sizes[-1]) == 1:
+            return None
+        largest = max(manager.graphs, key=lambda descriptor: descriptor.num_tokens)
+        return seconds_of(manager.graphs[largest].replay)  # nobody owns a row yet
 
     def _know_groups(self, groups: list[Any]) -> None:
         block_sizes = [group.kv_cache_spec.block_size for group in groups]

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from services.decode.token_parallel.splits import choose_splits, sm_margin
+
+
+@pytest.mark.parametrize(
+    ("rows", "splits"),
+    # By 8 KV heads on 132 multiprocessors; what was fastest of one to four on an H200, within its noise.
+    [(16, {1}), (29, {1}), (33, {1}), (36, {3, 4}), (40, {2, 3}), (50, {3, 4}), (58, {1}), (66, {1})],
+)
+def test_the_parts_that_were_fastest_are_chosen(rows: int, splits: set[int]) -> None:
+    assert choose_splits(rows * 8 / 132) in splits
+
+
+def flash_attention_parts(num_blocks: int, work: int, num_sms: int, margin: int) -> int:
+    """The rule of prepare_varlen_num_blocks_kernel (vllm-project/flash-attention, hopper/flash_prepare_scheduler.cu)."""
+    share = -(-int(np.ceil(1.1 * work)) // (num_sms - margin))
+    return -(-num_blocks // share)
+
+
+@pytest.mark.parametrize("rows", range(1, 130, 7))
+def test_the_margin_makes_flash_attention_cut_as_chosen(rows: int) -> None:
+    work = rows * 64 * 8
+    wanted = choose_splits(work / (132 * 64))
+    margin = sm_margin(np.full(rows, 8192, np.int32), 8, 132)
+    parts = flash_attention_parts(64, work, 132, margin)
+    # Where FlashAttention cuts more finely by itself there is nothing to do.
+    assert parts in (wanted, wanted + 1) if margin else parts >= wanted
+
+
+def test_rows_without_length_count_for_nothing() -> None:
+    lens = np.full(36, 8192, np.int32)
+    padded = np.concatenate([lens, np.zeros(92, np.int32)])
+    assert sm_margin(padded, 8, 132) == sm_margin(lens, 8, 132) < 0
+    assert sm_margin(np.zeros(4, np.int32), 8, 132) == 0
