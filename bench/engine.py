@@ -98,7 +98,7 @@ def _trace(llm: Any, job: EngineJob) -> int:
     """Runs the batch once more and has a few steps traced in which every request gets a token; returns the number of
     micro-batches in such a step."""
     batch = max(job.batches)
-    _add_requests(llm, batch, job.context, _WARM_UP_TOKENS + 2 * _TRACED_STEPS)
+    _add_requests(llm, batch, job.context, _TOKENS)
     full_steps, num_micro_batches = 0, 1
     while llm.llm_engine.has_unfinished_requests():
         if len(llm.llm_engine.step()) < batch:

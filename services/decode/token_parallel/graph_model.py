@@ -39,13 +39,16 @@ class GraphModel(nn.Module):
         tables = self._graphs.exchange.tables
         num_micro_batches = len(captured.token_parallel_captured)
         main = torch.cuda.current_stream()
-        self._side_stream.wait_stream(main)  # before the first micro-batch's work is on the main stream
         outputs = []
         for m in range(num_micro_batches):
             stream = self._side_stream if m else main
+            if m:
+                # KV workers take the first micro-batch's rows first, so those must not queue behind the second's.
+                stream.wait_event(self._graphs.first_sent)
             with torch.cuda.stream(stream), self._graphs.capturing(m):
                 outputs.append(self.model(*args, **_rows(inputs, tables.order[m][: size // num_micro_batches])))
-        main.wait_stream(self._side_stream)
+        if num_micro_batches > 1:
+            main.wait_stream(self._side_stream)
         return torch.cat(outputs).index_select(0, tables.place[:size])
 
 

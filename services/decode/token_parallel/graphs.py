@@ -61,6 +61,8 @@ class Graphs:
         """Rows from which graphs hold two micro-batches."""
         self.micro_batch = 0
         """The one whose layers are being captured."""
+        self.first_sent = torch.cuda.Event() if torch.cuda.is_available() else None
+        """On the root: the rows of the first layer and micro-batch are on their way."""
         self.step: GraphStep | None = None
         """The step that runs, if it replays graphs."""
         self._index = {name: i for i, name in enumerate(layer_names)}
@@ -106,6 +108,8 @@ class Graphs:
         the root attends to its own."""
         m, index = self.micro_batch, self._index[layer.layer_name]
         self.exchange.send(m, index, RowLayout.of(layer), qkv)
+        if m == 0 and index == 0 and self.first_sent is not None:
+            self.first_sent.record()
         impl.attend_rows(layer, *qkv, metadata.token_parallel_captured[m], output)
         self.exchange.wait(m, index)
         self.exchange.take(m, output)
