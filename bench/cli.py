@@ -21,7 +21,7 @@ def decode(
     shape: Annotated[str, typer.Option(help="8b, 8b-2kv or 32b-2kv: sizes of the model; weights are random.")] = "8b",
     context: Annotated[int, typer.Option(min=32, help="Tokens of KV cache of each sequence.")] = 8192,
     setup: Annotated[
-        list[str], typer.Option(help="tp4, dp4, dp2tp2, or ours as t1p4 and t2p2; give it several times.")
+        list[str], typer.Option(help="tp4, dp4, dp2tp2, tp4dcp2, or ours as t1p4 and t2p2; give it several times.")
     ] = ["dp4", "tp4", "t1p4", "t2p2"],  # noqa: B006 - typer reads it
     batch: Annotated[list[int], typer.Option(min=1, help="Sequences at once, of all replicas together.")] = [256],  # noqa: B006
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth of one GPU in TB/s, for the floor.")] = 4.8,
@@ -32,16 +32,20 @@ def decode(
     ] = False,
 ) -> None:
     """Decode steps at full context: token parallelism against other uses of the same GPUs."""
-    from bench.decode import compare, environment, table
+    from bench.decode import breakdowns, compare, environment, table
     from bench.setups import Setup
 
-    known = json.loads(output.read_text())["rows"] if output is not None and output.exists() else []
+    known = json.loads(output.read_text()) if output is not None and output.exists() else {}
     setups = [Setup.parse(name) for name in setup]
     for rows in compare(shape, context, setups, batch, bandwidth * 1e12, log_dir, trace):
         typer.echo(table(rows) + "\n")
         if output is not None:  # after each setup, so that an interrupted run leaves what it had
             output.parent.mkdir(parents=True, exist_ok=True)
-            record = {"environment": environment(), "rows": known + [vars(row) for row in rows]}
+            record = {
+                "environment": environment(),
+                "rows": known.get("rows", []) + [vars(row) for row in rows],
+                "breakdowns": {**known.get("breakdowns", {}), **breakdowns(shape, context, setups, log_dir)},
+            }
             output.write_text(json.dumps(record, indent=1) + "\n")
 
 

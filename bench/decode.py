@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from bench.engine import EngineJob
 from bench.setups import Setup
@@ -75,7 +76,15 @@ def _measure(
     shares = tuple(batch // setup.num_replicas for batch in batches if batch % setup.num_replicas == 0)
     if not shares:
         return
-    job = EngineJob(shape, context, setup.tensor_parallel_size, setup.token_parallel_size, shares, setup.without)
+    job = EngineJob(
+        shape,
+        context,
+        setup.tensor_parallel_size,
+        setup.token_parallel_size,
+        shares,
+        setup.decode_context_parallel_size,
+        setup.without,
+    )
     if trace:
         job = replace(job, trace_dir=str((log_dir / f"{shape}-{context}-{setup.name}-trace").absolute()))
     measured = _run_replicas(setup, job, log_dir)
@@ -115,7 +124,7 @@ def _run_replicas(setup: Setup, job: EngineJob, log_dir: Path) -> list[dict[int,
     for replica in range(setup.num_replicas):
         first = replica * setup.gpus_per_replica
         devices = ",".join(str(device) for device in range(first, first + setup.gpus_per_replica))
-        log = log_dir / f"{job.shape}-{job.context}-{setup.name}-{replica}.log"
+        log = _log_of(log_dir, job.shape, job.context, setup, replica)
         results = log.with_suffix(".jsonl")
         results.unlink(missing_ok=True)
         with log.open("w") as output:
@@ -131,6 +140,21 @@ def _run_replicas(setup: Setup, job: EngineJob, log_dir: Path) -> list[dict[int,
         lines = [json.loads(line) for line in results.read_text().splitlines()]
         found.append({line["batch"]: line["intervals"] for line in lines if "batch" in line})
     return found
+
+
+def breakdowns(shape: str, context: int, setups: Sequence[Setup], log_dir: Path) -> dict[str, Any]:
+    """Where the time of a step goes (bench.breakdown), of each setup that was traced."""
+    found = {}
+    for setup in setups:
+        results = _log_of(log_dir, shape, context, setup, 0).with_suffix(".jsonl")
+        for line in map(json.loads, results.read_text().splitlines() if results.exists() else ()):
+            if "breakdown" in line:
+                found[f"{shape} {setup.name}"] = line["breakdown"]
+    return found
+
+
+def _log_of(log_dir: Path, shape: str, context: int, setup: Setup, replica: int) -> Path:
+    return log_dir / f"{shape}-{context}-{setup.name}-{replica}.log"
 
 
 def _with_ratios(rows: Sequence[Row]) -> Iterator[Row]:

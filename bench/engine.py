@@ -29,6 +29,7 @@ class EngineJob:
     tensor_parallel_size: int
     token_parallel_size: int
     batches: tuple[int, ...]
+    decode_context_parallel_size: int = 1
     without: str = ""
     """See `Setup.without`."""
     trace_dir: str = ""
@@ -65,6 +66,7 @@ def _start(job: EngineJob) -> Any:
         load_format="dummy",
         skip_tokenizer_init=True,
         tensor_parallel_size=job.tensor_parallel_size,
+        decode_context_parallel_size=job.decode_context_parallel_size,
         token_parallel_size=job.token_parallel_size,
         overlap_from=0 if job.without else None,
         max_model_len=job.context + 512,

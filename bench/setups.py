@@ -1,4 +1,4 @@
-"""How the GPUs of a comparison are used: `tp4`, `dp4`, `dp2tp2`, and ours, `t1p4` or `t2p2`.
+"""How the GPUs of a comparison are used: `tp4`, `dp4`, `dp2tp2`, `tp4dcp2`, and ours, `t1p4` or `t2p2`.
 
 Ours with less: `t1p4-serial` has no overlapping micro-batches, `t1p4-piecewise` no FULL CUDA graphs either.
 """
@@ -19,6 +19,7 @@ class Setup:
     num_replicas: int
     tensor_parallel_size: int
     token_parallel_size: int
+    decode_context_parallel_size: int = 1
     without: str = ""
     """`serial` or `piecewise`, see above."""
 
@@ -26,10 +27,10 @@ class Setup:
     def parse(cls, name: str) -> Setup:
         """Raises ValueError for a name of another form."""
         if ours := re.fullmatch(r"t(\d+)p(\d+)(?:-(serial|piecewise))?", name):
-            return cls(name, 1, int(ours[1]), int(ours[2]), ours[3] or "")
-        if name and (stock := re.fullmatch(r"(?:dp(\d+))?(?:tp(\d+))?", name)):
-            return cls(name, int(stock[1] or 1), int(stock[2] or 1), 1)
-        raise ValueError(f"a setup is tp<N>, dp<N>, dp<N>tp<N> or t<N>p<N>, not {name!r}")
+            return cls(name, 1, int(ours[1]), int(ours[2]), without=ours[3] or "")
+        if name and (stock := re.fullmatch(r"(?:dp(\d+))?(?:tp(\d+)(?:dcp(\d+))?)?", name)):
+            return cls(name, int(stock[1] or 1), int(stock[2] or 1), 1, int(stock[3] or 1))
+        raise ValueError(f"a setup is tp<N>, dp<N>, dp<N>tp<N>, tp<N>dcp<N> or t<N>p<N>, not {name!r}")
 
     @property
     def is_ours(self) -> bool:
@@ -52,6 +53,6 @@ class Setup:
             bytes_per_second: memory bandwidth of one GPU.
         """
         # Tensor parallelism over more GPUs than there are KV heads copies the KV cache.
-        copies = max(1, self.tensor_parallel_size // shape.num_kv_heads)
+        copies = max(1, self.tensor_parallel_size // (shape.num_kv_heads * self.decode_context_parallel_size))
         kv = batch * context * shape.kv_bytes_per_token * copies
         return (kv + self.num_replicas * shape.weight_bytes) / (self.num_gpus * bytes_per_second)

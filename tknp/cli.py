@@ -148,8 +148,8 @@ def decode(
         int | None,
         typer.Option(
             min=0,
-            help="Requests from which a decode step on GPUs runs in two micro-batches, the root's matrix products of one "
-            "under the attention of the other; 0 is never.",
+            help="Requests from which a decode step on GPUs runs in two micro-batches, the root's matrix products of "
+            "one under the attention of the other; 0 is never.",
             show_default="where a rank's KV cache outweighs the model's weights",
         ),
     ] = None,

@@ -12,7 +12,10 @@ from bench.shapes import SHAPES
         ("tp4", Setup("tp4", 1, 4, 1)),
         ("dp4", Setup("dp4", 4, 1, 1)),
         ("dp2tp2", Setup("dp2tp2", 2, 2, 1)),
+        ("tp4dcp2", Setup("tp4dcp2", 1, 4, 1, 2)),
         ("t1p4", Setup("t1p4", 1, 1, 4)),
+        ("t1p4-serial", Setup("t1p4-serial", 1, 1, 4, without="serial")),
+        ("t1p4-piecewise", Setup("t1p4-piecewise", 1, 1, 4, without="piecewise")),
         ("t2p2", Setup("t2p2", 1, 2, 2)),
     ],
 )
@@ -21,7 +24,7 @@ def test_a_name_says_how_the_gpus_are_used(name: str, expected: Setup) -> None:
     assert expected.num_gpus in (4,)
 
 
-@pytest.mark.parametrize("name", ["", "tp", "4", "tp4dp2", "t4", "p4t1", "tp-1"])
+@pytest.mark.parametrize("name", ["", "tp", "4", "tp4dp2", "t4", "p4t1", "tp-1", "dcp2", "tp4-serial", "t1p4-"])
 def test_another_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="a setup is"):
         Setup.parse(name)

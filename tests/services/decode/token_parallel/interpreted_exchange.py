@@ -51,7 +51,7 @@ def run_micro_batch(ranks: list[Graphs], m: int, layer: int, rows: torch.Tensor,
         if part.requests[exchange.rank]:
             exchange.wait(m, layer)
             received = LAYOUT.views(exchange.received(m, len(rows), WIDTH))
-            exchange.answer(m, layer, attend(received[0], received[1]))  # type: ignore[arg-type]
+            exchange.answer(m, layer, attend(received[0], received[1]))
     root.wait(m, layer)
     root.take(m, output)
     return output

@@ -57,7 +57,18 @@ def check_rank(batch: Batch, plan: Any, scheduled: dict[str, int]) -> int:
         assert (metadata.num_reqs, metadata.num_actual_tokens) == (len(mine), sum(counts))
         assert (metadata.max_query_len, metadata.max_seq_len) == (max(counts), max(seq_lens))
         assert metadata.causal is True
+        if batch.is_decode():
+            rows = batch.decode_rows(mine)
+            assert rows.seq_lens.tolist() == seq_lens
+            assert rows.slots[group].tolist() == slots
+            assert rows.block_tables[group].tolist() == metadata.block_table_tensor.tolist()
+    assert batch.is_decode() == (set(scheduled.values()) == {1} and 1 not in batch_lengths(plan, scheduled))
     return sum(counts)
+
+
+def batch_lengths(plan: Any, scheduled: dict[str, int]) -> set[int]:
+    """Tokens of each scheduled request, this step's included."""
+    return {plan.requests[name].num_computed_tokens for name in scheduled}
 
 
 def test_every_rank_s_metadata_is_what_the_scheduler_s_tables_say_over_a_long_run(config: Any) -> None:

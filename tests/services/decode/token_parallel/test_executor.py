@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from services.decode.token_parallel.executor import TokenParallelExecutor
 from services.decode.token_parallel.options import TokenParallelOptions
 from tests.services.building import BLOCK_SIZE, tiny_config
-from tknp.common.partition import get_partition
+from tknp.common.partition import BlockPartition, get_partition, set_partition
 
 NUM_LAYERS = 4
 BLOCK_BYTES = NUM_LAYERS * BLOCK_SIZE * 2 * 2 * 32 * 4
@@ -51,7 +51,6 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The plans that workers would get."""
     plans: list[Any] = []
     monkeypatch.setattr(MultiprocExecutor, "initialize_from_config", lambda _, configs: plans.extend(configs))
-    monkeypatch.setattr(MultiprocExecutor, "collective_rpc", lambda *_, **__: [3 * BLOCK_BYTES])
     return plans
 
 
@@ -61,15 +60,16 @@ def test_every_rank_gets_what_its_memory_holds(config: Any, sent: list[Any]) -> 
     assert [plan.num_blocks for plan in sent] == [30, 50]
 
 
-def test_the_root_s_matrix_products_count_as_blocks(config: Any, sent: list[Any]) -> None:
-    executor(config, 30 * BLOCK_BYTES, 50 * BLOCK_BYTES).initialize_from_config([planned(config, 80)])
-    partition = get_partition()
-    assert partition is not None and partition.root_work == 3
-    assert [plan.kv_cache_tensors[0].size for plan in sent] == [30 * BLOCK_BYTES, 50 * BLOCK_BYTES]
-    partition = get_partition()
-    assert partition is not None
-    assert partition.num_blocks == (30, 50)
-    assert all(plan.token_parallel_partition == partition for plan in sent)
+def test_the_root_s_matrix_products_count_as_blocks(config: Any, sent: list[Any], monkeypatch: Any) -> None:
+    made = executor(config, 30 * BLOCK_BYTES, 50 * BLOCK_BYTES)
+    made.initialize_from_config([planned(config, 80)])
+    monkeypatch.setattr(MultiprocExecutor, "compile_or_warm_up_model", lambda _: None)
+    for root, worker, expected in ((0.006, 0.002, 3), (None, 0.002, 0), (0.006, None, 0)):
+        set_partition(BlockPartition((30, 50)))
+        monkeypatch.setattr(MultiprocExecutor, "collective_rpc", lambda *_, paces=(root, worker): list(paces))
+        made.compile_or_warm_up_model()
+        partition = get_partition()
+        assert partition is not None and partition.root_work == expected
 
 
 def test_an_override_of_the_number_of_blocks_is_the_sum(config: Any, sent: list[Any]) -> None:

@@ -16,7 +16,7 @@ def test_the_parts_that_were_fastest_are_chosen(rows: int, splits: set[int]) -> 
 
 
 def flash_attention_parts(num_blocks: int, work: int, num_sms: int, margin: int) -> int:
-    """The rule of prepare_varlen_num_blocks_kernel (vllm-project/flash-attention, hopper/flash_prepare_scheduler.cu)."""
+    """The rule of prepare_varlen_num_blocks_kernel (flash-attention, hopper/flash_prepare_scheduler.cu)."""
     share = -(-int(np.ceil(1.1 * work)) // (num_sms - margin))
     return -(-num_blocks // share)
 
