@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test soak install browser prometheus dashboards lock clean
+.PHONY: help serve test soak install browser prometheus dashboards pictures lock clean
 
 VENV ?= .venv
 PORT ?= 8000
@@ -49,6 +49,9 @@ prometheus: ## Fetch the Prometheus that rules and dashboards are tested with, w
 
 dashboards: install ## Write deploy/helm/tknp/dashboards/*.json from deploy/grafana/
 	$(VENV)/bin/python -m deploy.grafana
+
+pictures: install browser prometheus ## Draw the dashboards of a running system into docs/images
+	$(VENV)/bin/python -m tests.e2e.pictures
 
 lock: ## Resolve requirements/*.in again (UPGRADE=1 moves every pin)
 	PYTHON=$(PYTHON) scripts/lock.sh

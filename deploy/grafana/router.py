@@ -114,6 +114,7 @@ def _legs() -> Row:
 
 def _process() -> Row:
     of = (ROUTER,)
+    phases, handoff = "tknp_request_phase_seconds", 'phase="handoff"'
     return Row(
         "The process",
         [
@@ -130,12 +131,11 @@ def _process() -> Row:
                 Query(total(series("process_resident_memory_bytes", *of), "instance"), "{{instance}}"),
             ),
             graph(
-                "Hand-over, 95th percentile",
-                "The router's own time: before the first leg, and between the legs.",
+                "Between the legs",
+                "The router's own time of a hand-off, from the prefill engine's answer until the decode leg is sent.",
                 SECONDS,
-                Query(
-                    quantile(0.95, "tknp_request_phase_seconds", 'phase=~"route|handoff"', by=("phase",)), "{{phase}}"
-                ),
+                Query(quantile(0.5, phases, handoff), "p50"),
+                Query(quantile(0.95, phases, handoff), "p95"),
             ),
         ],
     )
