@@ -58,3 +58,12 @@ def test_the_panels_that_the_docs_name_exist() -> None:
     assert len(named) > 5 and named <= titles
     boards_named = re.findall(r"^\| `(tknp / [^`]+)`", (ROOT / "docs/monitoring.md").read_text(), re.MULTILINE)
     assert sorted(boards_named) == sorted(board["title"] for board in boards())
+
+
+def test_the_docs_explain_the_metrics_of_vllm_that_are_used() -> None:
+    used = {name for query in queries() for name in re.findall(r"vllm:\w+", query.expr)}
+    used |= {
+        name for kind in ("alert", "record") for rule in rules(kind) for name in re.findall(r"vllm:\w+", rule["expr"])
+    }
+    explained = set(re.findall(r"`(vllm:\w+)`", (ROOT / "docs/metrics.md").read_text()))
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} == explained
