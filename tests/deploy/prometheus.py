@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,16 @@ class Prometheus:
 
 
 @contextmanager
-def run_prometheus(folder: Path, targets: Mapping[str, Sequence[str]], interval: str = "1s") -> Iterator[Prometheus]:
-    """Scrapes `targets` (host:port by component) as deploy/prometheus says, but as often as `interval`."""
+def run_prometheus(folder: Path, router: str, interval: str = "1s") -> Iterator[Prometheus]:
+    """Scrapes what the router at `router`, a URL, tells; as deploy/prometheus says, but as often as `interval`."""
     program = find_program("prometheus")
     assert program is not None
     config = yaml.safe_load(CONFIG.read_text())
     config["global"] = {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
     config["rule_files"] = [str((CONFIG.parent / pattern).resolve()) for pattern in config["rule_files"]]
+    (discovery,) = config["scrape_configs"][0]["http_sd_configs"]
+    discovery["url"] = discovery["url"].replace("http://127.0.0.1:8000", router)
     (folder / CONFIG.name).write_text(yaml.safe_dump(config))
-    listed = [{"labels": {"component": name}, "targets": list(found)} for name, found in targets.items()]
-    (folder / "targets.yml").write_text(yaml.safe_dump(listed))
     address, log = f"127.0.0.1:{free_port()}", folder / "prometheus.log"
     options = (f"--config.file={folder / CONFIG.name}", f"--storage.tsdb.path={folder / 'data'}")
     with log.open("wb") as output:

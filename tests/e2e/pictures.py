@@ -1,4 +1,4 @@
-"""Pictures of the dashboards for the docs: `make pictures`. Takes five minutes, two engines, a browser and Prometheus.
+"""Pictures of the dashboards for the docs: `make pictures`. Takes three minutes, two engines, a browser and Prometheus.
 
 The data is a real Prometheus', of real engines under load. What draws it is not Grafana, which can't be had without its
 server, but uPlot, which draws Grafana's graphs, on a page that puts the panels where Grafana puts them.
@@ -24,8 +24,8 @@ from tests.e2e.watched import watched
 from tests.router.browser import find_browser, open_browser
 from tknp.tiny_model import make_tiny_model
 
-SECONDS, STEP = 240, 2
-RATE_INTERVAL = "20s"
+SECONDS, STEP = 120, 1
+RATE_INTERVAL = "15s"
 WIDTH = 1400  # pixels
 UPLOT = ("uplot@1.6.32", "4b8a8191e425658e3ea8c8c1314b0fc679c861ee3a1af2b20c7b16ba50b5133d")
 PAGE = Path(__file__).with_name("pictures.html")

@@ -24,8 +24,7 @@ def watched(prefill: Service, decode: Service, folder: Path) -> Iterator[Prometh
     router = start_router(folder, [prefill], [decode], *BUSY)
     try:
         router.wait_ready("/ready")
-        targets = {service.name: [service.url.removeprefix("http://")] for service in (router, prefill, decode)}
-        with run_prometheus(folder, targets) as prometheus, _clients(router):
+        with run_prometheus(folder, router.url) as prometheus, _clients(router):
             yield prometheus
     finally:
         router.stop()
