@@ -56,7 +56,7 @@ def _admission() -> Row:
             ),
             graph(
                 "Open requests, by key",
-                "By the name of the API key; `unnamed` without one.",
+                "By the name of the API key; anonymous where none are asked for.",
                 COUNT,
                 Query(total(series("tknp_key_open_requests"), "key"), "{{key}}"),
                 is_stacked=True,

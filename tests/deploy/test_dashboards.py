@@ -11,6 +11,7 @@ from deploy.grafana.__main__ import FOLDER, dashboards
 from tests.deploy.dashboards import boards, panels, queries
 from tests.deploy.prometheus import ROOT
 from tests.deploy.test_rules import rules
+from tests.e2e.panel_data import MAY_BE_ZERO
 
 
 def test_the_committed_json_is_what_the_code_builds() -> None:
@@ -67,3 +68,7 @@ def test_the_docs_explain_the_metrics_of_vllm_that_are_used() -> None:
     }
     explained = set(re.findall(r"`(vllm:\w+)`", (ROOT / "docs/metrics.md").read_text()))
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} == explained
+
+
+def test_the_panels_that_may_be_zero_exist() -> None:
+    assert MAY_BE_ZERO.keys() <= {panel["title"] for board in boards() for panel in panels(board)}
