@@ -132,8 +132,8 @@ def _where() -> Row:
                 Query(total(series("vllm:num_requests_running", PREFILL)), "running, all prefill engines"),
             ),
             graph(
-                "Wrong answers",
-                "What the guard found within an hour; `different` should be 0. Needs --guard-share.",
+                "Answers that the guard compared",
+                "Within an hour; `different` should be 0. Needs --guard-share.",
                 COUNT,
                 Query(total(f"increase({series('tknp_guard_requests_total')}[1h])", "result"), "{{result}}"),
             ),
