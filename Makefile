@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test soak install browser lock clean
+.PHONY: help serve test soak install browser prometheus dashboards pictures lock clean
 
 VENV ?= .venv
 PORT ?= 8000
@@ -29,7 +29,7 @@ help: ## Show this list
 serve: install $(if $(MODEL),,$(SMALL_MODEL)/model.safetensors) ## Install, make a small model, serve it on PORT (MODEL= for a real one)
 	@exec $(VENV)/bin/tknp serve $(or $(MODEL),$(SMALL_MODEL)) --port $(PORT) $(ARGS)
 
-test: install browser ## Everything that CI runs; stops at the first stage that fails
+test: install browser prometheus ## Everything that CI runs; stops at the first stage that fails
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -44,11 +44,20 @@ install: $(STAMP) ## Make the virtual environment and install into it; does noth
 browser: ## Fetch the browser that the live page is tested in, where npm can
 	@scripts/browser.sh || echo "The browser could not be fetched; its test uses one of this machine's, or is skipped" >&2
 
+prometheus: ## Fetch the Prometheus that rules and dashboards are tested with, where apt can
+	@scripts/prometheus.sh || echo "Prometheus could not be fetched; its tests use one of this machine's, or are skipped" >&2
+
+dashboards: install ## Write deploy/helm/tknp/dashboards/*.json from deploy/grafana/
+	$(VENV)/bin/python -m deploy.grafana
+
+pictures: install browser prometheus ## Draw the dashboards of a running system into docs/images
+	$(VENV)/bin/python -m tests.e2e.pictures
+
 lock: ## Resolve requirements/*.in again (UPGRADE=1 moves every pin)
 	PYTHON=$(PYTHON) scripts/lock.sh
 
 clean: ## Remove the virtual environment, the small model, logs and caches
-	rm -rf $(VENV) .browser .models logs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .browser .prometheus .models logs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(SMALL_MODEL)/model.safetensors: | install
 	@$(VENV)/bin/tknp make-model $(SMALL_MODEL)

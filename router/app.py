@@ -35,12 +35,14 @@ from router.openapi import (
     ModelList,
     Readiness,
     RequestMoments,
+    Target,
     describe,
     errors,
 )
 from router.protocol import limited_protocol
 from router.settings import RouterSettings
 from router.state import RouterState, open_state
+from router.targets import metric_targets
 from router.tasks import TaskRoute
 from router.tls import Certificate
 from router.types import Api, JsonObject, Task
@@ -57,7 +59,7 @@ def create_app(settings: RouterSettings, certificate: Certificate | None = None)
             yield
 
     app = FastAPI(title="tknp router", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, open_paths=PROBES | ({"/metrics"} if settings.open_metrics else set()))
+    app.add_middleware(Gate, open_paths=PROBES | ({"/metrics", "/metrics/targets"} if settings.open_metrics else set()))
     app.add_middleware(Front, max_header_bytes=settings.max_header_bytes)
     if settings.cors_allowed_origins:  # outermost: a browser asks without a key first, and reads errors too
         app.add_middleware(
@@ -90,6 +92,7 @@ def add_api_routes(app: FastAPI) -> None:
     app.add_api_route("/health", health, responses={**errors(), 200: {"model": Health}})
     app.add_api_route("/ready", ready, responses={**errors(), 200: {"model": Readiness}, 503: {"model": Readiness}})
     app.add_api_route("/metrics", metrics, responses=errors(), response_class=PlainTextResponse)
+    app.add_api_route("/metrics/targets", metric_targets, responses={**errors(), 200: {"model": list[Target]}})
     app.add_api_route("/admin/engines/{name}/drain", drain_engine, methods=["POST"], responses=errors(404))
     app.add_api_route("/admin/engines/{name}/resume", resume_engine, methods=["POST"], responses=errors(404))
     record: dict[int | str, Any] = {**errors(404), 200: {"model": RequestMoments}}

@@ -6,6 +6,7 @@ Labels are bounded: engines come from the settings, everything else from an enum
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -13,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.lifetime import IN_FLIGHT, Moment, Phase
-from router.types import LeaseEnd, LocalPrefill, Outcome, Role
+from router.types import Api, LeaseEnd, LocalPrefill, Outcome, Role, Task
 
 if TYPE_CHECKING:
     from router.engines import Engine, EnginePool
@@ -46,6 +47,8 @@ class RouterMetrics:
         self._requests = Counter(
             "tknp_requests", "Requests that ended, by path and how.", ["endpoint", "outcome"], registry=registry
         )
+        for api, outcome in product((*Api, *Task), Outcome):
+            self._requests.labels(api, outcome)  # a rate misses the first event of a series that begins with it
         phases = Histogram(
             "tknp_request_phase_seconds",
             "Seconds in each phase of a request's life; docs of router/lifetime.py say between which moments.",

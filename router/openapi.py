@@ -62,6 +62,13 @@ class Health(BaseModel):
     status: str
 
 
+class Target(BaseModel):
+    """What Prometheus scrapes."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
 class EngineStatus(BaseModel):
     """One engine as this router sees it."""
 

@@ -1,7 +1,8 @@
-"""What can be seen of real engines from outside: traces that reach through them, the guard, the live page."""
+"""What can be seen of real engines from outside: traces that reach through them, the guard, live page, dashboards."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import requests
 
 from services.vllm_server import free_port
+from tests.deploy.prometheus import MISSING, find_program
+from tests.e2e.panel_data import broken_rules, lacking, undocumented
 from tests.e2e.processes import ENGINE_OPTIONS, Service, start_router, tknp, wait_for
 from tests.e2e.stack import Stack, running
 from tests.e2e.suite import Ask, completion, conversations, tokens
+from tests.e2e.watched import watched
 from tests.router.collector import Collector, grpc_collector
 from tknp.tiny_model import make_tiny_model
 
@@ -127,3 +131,17 @@ def test_the_live_page_shows_the_ranks(stack: Stack) -> None:
     assert [rank["rank"] for rank in decode["ranks"]] == [0, 1]
     assert all(rank["kv_used"] == 0 for rank in decode["ranks"])
     assert prefill["kv_used"] == 0
+
+
+def test_every_panel_of_the_dashboards_has_data(stack: Stack, tmp_path: Path) -> None:
+    """And every rule can be evaluated, of metrics that exist, and every metric of ours is documented."""
+    if find_program("prometheus") is None:
+        pytest.skip(MISSING.format("prometheus"))
+    with watched(stack.prefill, stack.decode, tmp_path) as prometheus:
+        deadline = time.monotonic() + 90
+        while (lacks := lacking(prometheus)) and time.monotonic() < deadline:
+            time.sleep(2)
+        assert lacks == []
+        assert broken_rules(prometheus) == []
+        assert undocumented(prometheus) == []
+    stack.wait_idle()

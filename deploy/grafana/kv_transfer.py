@@ -1,0 +1,119 @@
+"""KV transfer: does the KV cache arrive, and how fast?"""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from deploy.grafana.panels import BYTES, BYTES_PER_SECOND, COUNT, PER_SECOND, SECONDS, Query, Row, board, graph
+from deploy.grafana.promql import DECODE, PREFILL, mean, quantile, rate, series, total
+
+RANK = "{{instance}} rank {{rank}}"
+PULLS = "kv_transfer_duration_seconds"
+
+
+def kv_transfer() -> Dashboard:
+    rows = [_pulls(), _parts(), _failures()]
+    return board("kv-transfer", "KV transfer", "From prefill engines to the ranks of decode engines.", rows)
+
+
+def _pulls() -> Row:
+    speed = (
+        f"{total(rate('tknp_kv_transfer_bytes_total'), 'instance', 'rank')}"
+        f" / {total(rate(f'{PULLS}_sum'), 'instance', 'rank')}"
+    )
+    pulled = total(rate("tknp_router_kv_transfer_bytes_total"))
+    requests = total(rate("tknp_request_phase_seconds_count", 'phase="transfer"'))
+    return Row(
+        "Pulls",
+        [
+            graph(
+                "Time of a pull",
+                "From the order to pull a request's KV cache until it is complete on its rank.",
+                SECONDS,
+                Query(quantile(0.5, PULLS), "p50"),
+                Query(quantile(0.95, PULLS), "p95"),
+                Query(quantile(0.99, PULLS), "p99"),
+            ),
+            graph(
+                "Time of a pull, by rank",
+                "95th percentile.",
+                SECONDS,
+                Query(quantile(0.95, PULLS, by=("instance", "rank")), RANK),
+            ),
+            graph(
+                "Bytes per second of a pull",
+                "How fast one goes, on average; waiting for its turn is a part of it.",
+                BYTES_PER_SECOND,
+                Query(speed, RANK),
+            ),
+            graph(
+                "Bytes pulled",
+                "By rank.",
+                BYTES_PER_SECOND,
+                Query(total(rate("tknp_kv_transfer_bytes_total"), "instance", "rank"), RANK),
+                is_stacked=True,
+            ),
+            graph("Pulls", "By rank.", PER_SECOND, Query(total(rate(f"{PULLS}_count"), "instance", "rank"), RANK)),
+            graph(
+                "Bytes of a request",
+                "Mean over the router's requests that pulled.",
+                BYTES,
+                Query(f"{pulled} / {requests}", "mean"),
+            ),
+        ],
+    )
+
+
+def _parts() -> Row:
+    return Row(
+        "In NIXL",
+        [
+            graph(
+                "Time on the wire",
+                "95th percentile of one rank's transfer, by NIXL.",
+                SECONDS,
+                Query(quantile(0.95, "vllm:nixl_xfer_time_seconds", DECODE, by=("instance",)), "{{instance}}"),
+            ),
+            graph(
+                "Time to post",
+                "95th percentile: preparing the descriptors, on the host.",
+                SECONDS,
+                Query(quantile(0.95, "vllm:nixl_post_time_seconds", DECODE, by=("instance",)), "{{instance}}"),
+            ),
+            graph(
+                "Descriptors of a transfer",
+                "Mean. Many small ones are slow: larger blocks help.",
+                COUNT,
+                Query(mean("vllm:nixl_num_descriptors", DECODE, by=("instance",)), "{{instance}}"),
+            ),
+        ],
+    )
+
+
+def _failures() -> Row:
+    failed = "vllm:nixl_num_failed_{}_total"
+    return Row(
+        "What goes wrong",
+        [
+            graph(
+                "Pulls that fail",
+                "Should be 0. Each of these prompts is computed again by the decode engine.",
+                PER_SECOND,
+                Query(total(rate(failed.format("transfers"), DECODE), "instance"), "{{instance}} transfers"),
+                Query(total(rate(failed.format("notifications"), DECODE), "instance"), "{{instance}} notifications"),
+            ),
+            graph(
+                "Leases that end in vain",
+                "KV cache of requests that ended after their prefill: released, or left to vLLM's lease of 30 s.",
+                PER_SECOND,
+                Query(total(rate("tknp_kv_leases_total"), "end"), "{{end}}"),
+                Query(total(rate("vllm:nixl_num_kv_expired_reqs_total", PREFILL), "instance"), "{{instance}} expired"),
+            ),
+            graph(
+                "Requests that wait for KV cache",
+                "In decode engines, by how far their pull is.",
+                COUNT,
+                Query(total(series("vllm:num_requests_kv_fetch_by_stage", DECODE), "stage"), "{{stage}}"),
+            ),
+        ],
+    )
