@@ -39,6 +39,12 @@ class TokenParallelKVConnector(NixlPullConnector):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         # Past NixlPullConnector's own, which would make vLLM's two halves.
         NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        num_stages = vllm_config.parallel_config.pipeline_parallel_size
+        if num_stages > 1 and vllm_config.kv_transfer_config.is_kv_producer:
+            raise ValueError(
+                f"a prefill engine can't be a pipeline, since decode engines read from one stage; {num_stages} were asked "
+                "for: use --tensor-parallel-size instead of --pipeline-parallel-size"
+            )
         self._tensor_parallel_size: int = vllm_config.parallel_config.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
@@ -51,6 +57,11 @@ class TokenParallelKVConnector(NixlPullConnector):
 
     def build_connector_worker_meta(self) -> TransferReport | None:
         return None if self.connector_worker is None else self.connector_worker.take_report()
+
+    def get_kv_connector_stats(self) -> Any:
+        if self.connector_scheduler is not None:
+            return self.connector_scheduler.take_stats()
+        return super().get_kv_connector_stats()
 
     def release_lease(self, lease_id: str) -> None:
         """On a prefill worker: see TokenParallelConnectorWorker.release_lease."""

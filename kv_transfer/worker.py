@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
@@ -14,6 +15,8 @@ from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
+from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
 from tknp.common.partition import RankPlace, get_place
@@ -32,9 +35,11 @@ aborted."""
 
 @dataclass
 class _OwnPull(ReqMeta):
-    """One of this rank's orders; see `Pull.num_readers`."""
+    """One of this rank's orders; see `Pull`."""
 
     num_readers: int = 1
+    offer: Offer | None = None
+    trusted_until: float = math.inf  # by time.monotonic()
 
 
 class TokenParallelConnectorWorker(NixlPullConnectorWorker):
@@ -49,9 +54,13 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             os.sched_setaffinity(0, affinity)
         if not vllm_config.kv_transfer_config.get_from_extra_config("progress_thread", not on_host):
             self._drop_progress_thread(vllm_config)
+        self.nixl_wrapper: Any = QuietReads(self.nixl_wrapper)
+        self._checks = LeaseChecks(self.nixl_wrapper)
+        self._lease_table = LeaseTable()
+        self._lease_slots: dict[str, int] = {}
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
-        self._num_readers = 1
+        self._reading = _OwnPull((), (), 1)
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, tuple[int, int]] = {}
         self._ended: dict[str, TransferRecord] = {}
@@ -76,6 +85,16 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         """Token-parallel rank; 0 in an engine without token parallelism."""
         return 0 if self._place is None else self._place.rank
 
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        # Before vLLM does, since what it then tells other engines is all that is registered.
+        descs = self.nixl_wrapper.get_reg_descs([self._lease_table.region, self._checks.region], "DRAM")
+        self.nixl_wrapper.register_memory(descs, backends=self.nixl_backends)
+        self._registered_descs.append(descs)
+        super().register_kv_caches(kv_caches)
+        table = (self._lease_table.rows.ctypes.data, self._lease_table.epoch)
+        payload = HandshakePayload(**vars(self.xfer_handshake_metadata), lease_table=table)
+        self.xfer_handshake_metadata: Any = payload
+
     def start_load_kv(self, metadata: TokenParallelConnectorMetadata) -> None:
         now = time.time()
         base = 0 if self._place is None else self._place.base
@@ -85,7 +104,12 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             if pull.owner != self.rank:
                 continue
             local = tuple([block_id - base for block_id in group] for group in meta.local_block_ids)
-            own[request_id] = _OwnPull(**{**vars(meta), "local_block_ids": local}, num_readers=pull.num_readers)
+            own[request_id] = _OwnPull(
+                **{**vars(meta), "local_block_ids": local},
+                num_readers=pull.num_readers,
+                offer=pull.offer,
+                trusted_until=math.inf if pull.trusted_seconds is None else time.monotonic() + pull.trusted_seconds,
+            )
             if any(local):
                 self._begun[request_id] = now
         metadata.reqs_to_recv = own
@@ -96,16 +120,35 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             metadata.heartbeat_by_engine = {}
         self._lease_ids.update(metadata.lease_ids)
         super().start_load_kv(metadata)
+        for request_id, slot in metadata.lease_slots.items():
+            if request_id in self._reqs_to_send:
+                self._lease_slots[request_id] = slot
+            else:  # it was read to its end before this worker heard that it was kept
+                self._lease_table.end(slot)
         if metadata.idle and self._idle_pause:
             time.sleep(self._idle_pause)
 
     def _read_blocks_for_req(self, req_id: str, meta: _OwnPull) -> None:
-        self._num_readers = meta.num_readers  # of the request whose reads are posted now
+        self._reading = meta  # the request whose reads are posted now
         super()._read_blocks_for_req(req_id, meta)
 
-    def _read_blocks(self, *, expected_consumers: int, **kwargs: Any) -> bool:
+    def _read_blocks(self, *, read_spec: Any, request_id: str, expected_consumers: int, **kwargs: Any) -> bool:
         # The notification tells the prefill worker how many to wait for before it frees the blocks.
-        return bool(super()._read_blocks(expected_consumers=expected_consumers * self._num_readers, **kwargs))
+        kwargs |= {"read_spec": read_spec, "request_id": request_id}
+        kwargs["expected_consumers"] = expected_consumers * self._reading.num_readers
+        offer = self._reading.offer
+        if offer is None or not any(read_spec.local_block_ids):
+            return bool(super()._read_blocks(**kwargs))
+        with self.nixl_wrapper.quiet():
+            is_posted = bool(super()._read_blocks(**kwargs))
+        if is_posted:
+            worker = (0, read_spec.remote_rank)
+            agent_name = self._remote_agents[kwargs["dst_engine_id"]][worker]
+            self._checks.expect(request_id, offer, worker, agent_name)
+            # As vLLM's own, which it sends when the request is done.
+            notification = f"{kwargs['remote_request_id']}:{kwargs['expected_consumers']}".encode()
+            self._pending_recv_notifs.setdefault(request_id, []).append((agent_name, notification))
+        return is_posted
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         done: set[str] = set()
@@ -118,13 +161,44 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             done_now, failed_now = super()._pop_done_transfers(mine)
             kv_bytes, count = self._pulled.get(request_id, (0, 0))
             self._pulled[request_id] = (kv_bytes + sum(sizes[before:]), count + len(sizes) - before)
+            failed |= failed_now
             if request_id in mine:
                 transfers[request_id] = mine[request_id]
+            elif not self._is_settled(request_id, failed):
+                transfers[request_id] = []
             else:
                 del transfers[request_id]
-            done |= done_now
-            failed |= failed_now
+                done |= done_now
         return done, failed
+
+    def _is_settled(self, request_id: str, failed: set[str]) -> bool:
+        """Whether it is known what all the bytes of a request, which have arrived, are worth; if nothing, it is put
+        among the failed."""
+        if request_id in failed or request_id in self._recv_failures:
+            self._checks.drop(request_id)
+            # Nothing reads there any more. The others of the engine's pulls go on, so this is no time to raise.
+            self._send_pending_recv_notifs(request_id)
+            return True
+        meta = self._recving_metadata.get(request_id)
+        if meta is not None and time.monotonic() > meta.trusted_until:
+            self._reject(request_id, Stale.TOO_LATE, failed)
+        if request_id not in self._checks:
+            return True
+        verdict = self._checks.poll(request_id)
+        if verdict is Verdict.FAILED:
+            self._handle_failed_transfer(request_id, None, failed)
+        elif verdict not in (Verdict.PENDING, Verdict.HELD):
+            self._reject(request_id, Stale(verdict.value), failed)
+        return verdict is not Verdict.PENDING
+
+    def _reject(self, request_id: str, reason: Stale, failed: set[str]) -> None:
+        logger.warning(
+            "request %s computes its prompt: the KV cache that it pulled may be another's by now (%s)",
+            request_id,
+            reason.value,
+        )
+        self.xfer_stats.record_stale(self.rank, reason)
+        failed.add(request_id)
 
     def get_transfer_results(self) -> Any:
         results = super().get_transfer_results()
@@ -136,6 +210,10 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             record = TransferRecord(self.rank, kv_bytes, count, transfer_begin=begun, transfer_end=time.time())
             self._ended[request_id] = record
             self.xfer_stats.record_pull(record)
+        for request_id in results.finished_sending:
+            # Before the scheduler hears of it, and so before anybody can write to these blocks.
+            if (slot := self._lease_slots.pop(request_id, None)) is not None:
+                self._lease_table.end(slot)
         return results
 
     def release_lease(self, lease_id: str) -> None:
@@ -162,6 +240,11 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         """The pulls that ended since the last call."""
         ended, self._ended = self._ended, {}
         return TransferReport(ended) if ended else None
+
+    def shutdown(self) -> None:
+        if hasattr(self, "_checks"):
+            self._checks.shutdown()
+        super().shutdown()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         # The scheduler knows blocks by their global ids.
