@@ -42,8 +42,8 @@ class TokenParallelKVConnector(NixlPullConnector):
         num_stages = vllm_config.parallel_config.pipeline_parallel_size
         if num_stages > 1 and vllm_config.kv_transfer_config.is_kv_producer:
             raise ValueError(
-                f"a prefill engine can't be a pipeline, since decode engines read from one stage; {num_stages} were asked "
-                "for: use --tensor-parallel-size instead of --pipeline-parallel-size"
+                f"a prefill engine can't be a pipeline of {num_stages} stages, since decode engines read from one; use "
+                "--tensor-parallel-size instead of --pipeline-parallel-size"
             )
         self._tensor_parallel_size: int = vllm_config.parallel_config.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
