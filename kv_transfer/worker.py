@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import os
 import time
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from kv_transfer.agent import make_agent
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
@@ -27,6 +26,9 @@ _IDLE_PAUSE_SECONDS = 0.001
 """On CPU, how long a step that only polls transfers rests. vLLM's engine steps without pause while a transfer or a
 lease is pending (v1/core/sched/scheduler.py, has_finished_requests), which would take a core from whoever
 computes."""
+
+_PROGRESS_REST_MICROSECONDS = 1_000
+"""On CPU, how long NIXL's progress thread waits for an event (`progress_rest_us`)."""
 
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
@@ -52,8 +54,10 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         if on_host:
             # vLLM pins this thread, which also computes, to the last core of each NUMA node, where all engines meet.
             os.sched_setaffinity(0, affinity)
-        if not vllm_config.kv_transfer_config.get_from_extra_config("progress_thread", not on_host):
-            self._drop_progress_thread(vllm_config)
+        extra = vllm_config.kv_transfer_config.get_from_extra_config
+        if rest := extra("progress_rest_us", _PROGRESS_REST_MICROSECONDS if on_host else 0):
+            # Nothing is registered with the first agent yet, so it can be replaced.
+            self.nixl_wrapper = make_agent(self.nixl_backends, extra("num_threads", 4), rest)
         self.nixl_wrapper: Any = QuietReads(self.nixl_wrapper)
         self._checks = LeaseChecks(self.nixl_wrapper)
         self._lease_table = LeaseTable()
@@ -69,16 +73,6 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self.xfer_stats = TransferStats()
         self.kv_bytes_received = 0
         """Bytes of KV that this worker has pulled since it started."""
-
-    def _drop_progress_thread(self, vllm_config: Any) -> None:
-        # NIXL's progress thread polls without pause, one core per worker. Without it UCX makes progress when the
-        # engine steps, which it does while anything is pending. Nothing is registered with the first agent yet, so it
-        # can be replaced.
-        num_threads = vllm_config.kv_transfer_config.get_from_extra_config("num_threads", 4)
-        config = nixl_agent_config(
-            enable_prog_thread=False, num_threads=num_threads, backends=self.nixl_backends, capture_telemetry=True
-        )
-        self.nixl_wrapper = NixlWrapper(str(uuid.uuid4()), config)
 
     @property
     def rank(self) -> int:
