@@ -25,7 +25,7 @@ def make_agent(backends: list[str], num_threads: int, rest_microseconds: int) ->
     bindings = sys.modules[NixlWrapper.__module__].nixlBind
     plain = bindings.nixlAgentConfig
 
-    class Resting(plain):  # type: ignore[misc]
+    class Resting(plain):  # type: ignore[misc, valid-type]
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, rest_microseconds if name == "pthrDelay" else value)
 

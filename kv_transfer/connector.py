@@ -68,6 +68,11 @@ class TokenParallelKVConnector(NixlPullConnector):
         assert self.connector_worker is not None
         self.connector_worker.release_lease(lease_id)
 
+    def connect_peer(self, engine_id: str, host: str, port: int, tp_size: int, dcp_size: int, pp_size: int) -> None:
+        """On a decode worker: connects to a prefill engine, in the background, ahead of the first request for it."""
+        assert self.connector_worker is not None
+        self.connector_worker._ensure_handshake(engine_id, host, port, tp_size, dcp_size, pp_size)
+
     @property
     def kv_bytes_received(self) -> int:
         """Bytes of KV that this worker has pulled since it started."""

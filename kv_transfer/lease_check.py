@@ -90,6 +90,9 @@ class LeaseChecks:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._checks
 
+    def __len__(self) -> int:
+        return len(self._checks)
+
     def poll(self, request_id: str) -> Verdict:
         """To be called once all of the request's reads are done, until it is no more pending; the check is then
         forgotten."""

@@ -11,6 +11,7 @@ from kv_transfer.metadata import TransferRecord
 
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Seconds: from a few pages over shared memory to a long prompt over a slow network."""
+_OWN = ("pull_rank", "pull_seconds", "pull_bytes", "stale_rank", "stale_reason", "retry_rank")
 
 
 class TransferStats(NixlKVConnectorStats):
@@ -19,7 +20,7 @@ class TransferStats(NixlKVConnectorStats):
 
     def reset(self) -> None:
         super().reset()
-        self.data.update({"pull_rank": [], "pull_seconds": [], "pull_bytes": [], "stale_rank": [], "stale_reason": []})
+        self.data.update({name: [] for name in _OWN})
 
     def record_pull(self, record: TransferRecord) -> None:
         self.data["pull_rank"].append(record.rank)
@@ -30,12 +31,15 @@ class TransferStats(NixlKVConnectorStats):
         self.data["stale_rank"].append(rank)
         self.data["stale_reason"].append(reason.value)
 
+    def record_retry(self, rank: int) -> None:
+        self.data["retry_rank"].append(rank)
+
     def is_empty(self) -> bool:
-        return bool(super().is_empty()) and not self.data["pull_rank"] and not self.data["stale_rank"]
+        return bool(super().is_empty()) and not any(self.data[name] for name in _OWN)
 
 
 class TransferMetrics(NixlPromMetrics):
-    """`kv_transfer_duration_seconds` and `tknp_kv_transfer_bytes_total` by rank, beside vLLM's `vllm:nixl_*`."""
+    """`kv_transfer_duration_seconds` and `tknp_kv_transfer_*` by rank, beside vLLM's `vllm:nixl_*`."""
 
     def __init__(
         self,
@@ -62,6 +66,11 @@ class TransferMetrics(NixlPromMetrics):
             documentation="Offers of KV cache that were not used, because it was not sure to be the prompt's any more.",
             labelnames=[*labels, "reason"],
         )
+        self._retries = self._counter_cls(
+            name="tknp_kv_transfer_retries",
+            documentation="Prefill engines that had to be asked again before they answered the handshake.",
+            labelnames=labels,
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         super().observe(transfer_stats_data, engine_idx)
@@ -76,3 +85,5 @@ class TransferMetrics(NixlPromMetrics):
             self._bytes.labels(*values, str(rank)).inc(kv_bytes)
         for rank, reason in zip(transfer_stats_data["stale_rank"], transfer_stats_data["stale_reason"], strict=True):
             self._stale.labels(*values, str(rank), reason).inc()
+        for rank in transfer_stats_data["retry_rank"]:
+            self._retries.labels(*values, str(rank)).inc()

@@ -8,12 +8,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kv_transfer.agent import make_agent
+from kv_transfer.handshakes import HandshakeExecutor
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
@@ -29,6 +31,11 @@ computes."""
 
 _PROGRESS_REST_MICROSECONDS = 1_000
 """On CPU, how long NIXL's progress thread waits for an event (`progress_rest_us`)."""
+
+_HANDSHAKE_SECONDS = 15.0
+"""After which requests that wait for a prefill engine's handshake compute their prompts (`handshake_seconds`)."""
+_WARM_UP_SECONDS = 1.0
+_SCRATCH_BYTES = 64
 
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
@@ -58,10 +65,19 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         if rest := extra("progress_rest_us", _PROGRESS_REST_MICROSECONDS if on_host else 0):
             # Nothing is registered with the first agent yet, so it can be replaced.
             self.nixl_wrapper = make_agent(self.nixl_backends, extra("num_threads", 4), rest)
-        self.nixl_wrapper: Any = QuietReads(self.nixl_wrapper)
-        self._checks = LeaseChecks(self.nixl_wrapper)
+        agent: Any = QuietReads(self.nixl_wrapper)
+        self.nixl_wrapper = agent
+        self._checks = LeaseChecks(agent)
         self._lease_table = LeaseTable()
         self._lease_slots: dict[str, int] = {}
+        self._scratch = np.zeros(_SCRATCH_BYTES, dtype=np.uint8)
+        vllm_executor: Any = self._handshake_initiation_executor
+        vllm_executor.shutdown(wait=False)
+        self._handshake_initiation_executor: Any = HandshakeExecutor(
+            extra("handshake_seconds", _HANDSHAKE_SECONDS),
+            lambda: self.xfer_stats.record_retry(self.rank),
+            self._warm_up if on_host else lambda *_: None,
+        )
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
         self._reading = _OwnPull((), (), 1)
@@ -70,7 +86,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self._ended: dict[str, TransferRecord] = {}
         self._lease_ids: dict[str, str] = {}
         self._released: dict[str, float] = {}
-        self.xfer_stats = TransferStats()
+        self.xfer_stats: TransferStats = TransferStats()
         self.kv_bytes_received = 0
         """Bytes of KV that this worker has pulled since it started."""
 
@@ -81,13 +97,29 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         # Before vLLM does, since what it then tells other engines is all that is registered.
-        descs = self.nixl_wrapper.get_reg_descs([self._lease_table.region, self._checks.region], "DRAM")
+        scratch = (self._scratch.ctypes.data, self._scratch.nbytes, 0, "")
+        descs = self.nixl_wrapper.get_reg_descs([self._lease_table.region, self._checks.region, scratch], "DRAM")
         self.nixl_wrapper.register_memory(descs, backends=self.nixl_backends)
         self._registered_descs.append(descs)
         super().register_kv_caches(kv_caches)
         table = (self._lease_table.rows.ctypes.data, self._lease_table.epoch)
         payload = HandshakePayload(**vars(self.xfer_handshake_metadata), lease_table=table)
         self.xfer_handshake_metadata: Any = payload
+
+    def _warm_up(self, engine_id: str, worker: tuple[int, int], agent_name: str) -> None:
+        """Reads a few bytes, since UCX connects at the first read."""
+        address = self.kv_caches_base_addr[engine_id][worker[1]][0]
+        handle = self.nixl_wrapper.initialize_xfer(
+            "READ",
+            self.nixl_wrapper.get_xfer_descs([(self._scratch.ctypes.data, _SCRATCH_BYTES, 0)], "DRAM"),
+            self.nixl_wrapper.get_xfer_descs([(address, _SCRATCH_BYTES, 0)], "DRAM"),
+            agent_name,
+        )
+        self.nixl_wrapper.transfer(handle)
+        deadline = time.monotonic() + _WARM_UP_SECONDS
+        while self.nixl_wrapper.check_xfer_state(handle) == "PROC" and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.nixl_wrapper.release_xfer_handle(handle)
 
     def start_load_kv(self, metadata: TokenParallelConnectorMetadata) -> None:
         now = time.time()

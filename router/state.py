@@ -20,6 +20,7 @@ from router.guard import make_guard
 from router.handoff import Fleet
 from router.health import HealthChecker
 from router.hosts import EngineHosts
+from router.introductions import Introductions
 from router.kv_events import KvEventWatcher
 from router.kv_poll import KvPoller
 from router.leases import LeaseReleaser
@@ -98,6 +99,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
             for watcher in (
                 HealthChecker(pool, session, settings),
                 KvPoller(pool, session, settings),
+                Introductions(pool, session, settings),
                 KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes),
             )
         ]

@@ -237,12 +237,13 @@ class Engine:
         return not self.scheduler.has_requests()
 
     def lose_lease(self, request_id: str) -> None:
-        """The lease of a request that has been prefilled runs out now."""
+        """The lease of a request that has been prefilled runs out now, if it has not ended yet."""
         leases = self.workers[0].connector_worker._reqs_to_send
-        while request_id not in leases:  # one step until the worker hears of it
+        if request_id not in leases:
+            self.step()  # the worker hears of it
+        if request_id in leases:
+            leases[request_id] = 0.0
             self.step()
-        leases[request_id] = 0.0
-        self.step()
 
     def overwrite(self) -> None:
         """Fills every free block with other prompts' KV cache, and frees it again."""

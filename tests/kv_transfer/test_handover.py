@@ -12,6 +12,7 @@ import torch
 from kv_transfer.identity import OFFER_PARAM
 from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, prompt, run, world
 from tests.services.building import BLOCK_SIZE, tiny_config
+from tests.soak.handovers import Fate, hand_over
 
 BYTES_PER_BLOCK = LAYERS * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
 
@@ -219,3 +220,24 @@ def test_larger_blocks_on_the_decode_side(pair: Callable[..., Pair]) -> None:
         tokens = prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1
     assert both.settle() == []
+
+
+def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pair: Callable[..., Pair]) -> None:
+    both = pair()
+    engine_id = both.prefill.config.kv_transfer_config.engine_id
+    for worker in both.decode.workers:
+        worker.connect_peer(engine_id, "127.0.0.1", both.prefill.port, tp_size=1, dcp_size=1, pp_size=1)
+        handshake = worker.connector_worker._handshake_futures.get(engine_id)
+        assert handshake is not None
+        handshake.result(20)
+        worker.connector_worker._handshake_initiation_executor.shutdown()  # there is no other
+    tokens = prompt(100, 1)
+    assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert both.settle() == []
+
+
+def test_a_thousand_hand_overs_that_end_in_every_phase(llama: Path, alone: None) -> None:
+    summary = hand_over(1000, llama)
+    assert summary["left"] == [], summary
+    assert set(summary["fates"]) == set(Fate)
+    assert summary["stale"]["lease_ended"] > 50 and summary["pulls"] > 300

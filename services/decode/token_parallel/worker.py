@@ -13,6 +13,7 @@ from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
 from services.decode.token_parallel.status import block_report, worker_status
+from services.kv_peers import KVPeerWorker
 from tknp.common.partition import RankPlace, set_place
 
 if current_platform.is_cpu():
@@ -31,7 +32,7 @@ class TokenParallelWorker:
         return chosen(vllm_config, local_rank, rank, *args, **kwargs)
 
 
-class RootWorker(PlatformWorker):
+class RootWorker(KVPeerWorker, PlatformWorker):
     """vLLM's own worker, whose attention layers send the rows of other ranks' requests to them."""
 
     context: TokenParallelContext
