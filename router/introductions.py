@@ -8,12 +8,15 @@ import logging
 from typing import TYPE_CHECKING
 
 import aiohttp
+import orjson
 
+from router.errors import EngineFailure
 from router.fit import misfit
 from router.types import Role
 
 if TYPE_CHECKING:
     from router.engines import Engine, EnginePool
+    from router.hosts import EngineHosts
     from router.settings import RouterSettings
 
 logger = logging.getLogger(__name__)
@@ -22,9 +25,12 @@ logger = logging.getLogger(__name__)
 class Introductions:
     """Who has been told of whom."""
 
-    def __init__(self, pool: EnginePool, session: aiohttp.ClientSession, settings: RouterSettings) -> None:
+    def __init__(
+        self, pool: EnginePool, session: aiohttp.ClientSession, settings: RouterSettings, hosts: EngineHosts
+    ) -> None:
         self._pool = pool
         self._session = session
+        self._hosts = hosts
         self._interval = settings.health_check_interval
         self._timeout = settings.health_check_timeout
         self._told: set[tuple[Engine, Engine]] = set()
@@ -53,12 +59,14 @@ class Introductions:
                     peer = await response.read()
                     status = response.status
                 if status == 200:
+                    # As with what it answers to requests: it must not make others connect to anywhere.
+                    await self._hosts.check(prefill.endpoint, {"remote_host": orjson.loads(peer)["host"]})
                     headers = {"Content-Type": "application/json"}
                     url = f"{decode.endpoint.url}/kv_peers"
                     async with self._session.post(url, data=peer, headers=headers, allow_redirects=False) as response:
                         await response.read()
                         status = response.status
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, EngineFailure) as error:
             logger.warning("%s was not told of %s: %r", decode.endpoint.name, prefill.endpoint.name, error)
             return
         if status not in (202, 404):
