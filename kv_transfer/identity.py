@@ -18,7 +18,7 @@ import secrets
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,31 +27,36 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlHands
 OFFER_PARAM = "tknp_offer"
 """Key in `kv_transfer_params` under which a prefill engine describes its offer; a stock engine's lack it."""
 
+ROW_BYTES = 24
 NUM_SLOTS = 8192
 """Leases that an engine can have at a time; one that finds no slot is not given."""
 
 
 @dataclass(frozen=True)
 class LeaseTableAddress:
-    """Where a worker's table lies in its memory, and the epoch that stands in it."""
+    """Where a worker's table lies in its memory, and the epoch that stands in it; in the test mode of
+    kv_transfer.checksums also where its checksums are, and of how many KV heads."""
 
     address: int
     epoch: int
+    checksums: int = 0
+    num_heads: int = 0
 
 
 @dataclass
 class HandshakePayload(NixlHandshakePayload):
     """vLLM's payload and the worker's lease table. A stock decode engine ignores what it does not know."""
 
-    lease_table: tuple[int, int] = (0, 0)
+    lease_table: tuple[int, ...] = ()
 
 
 class LeaseTable:
-    """A prefill worker's table: `rows[slot]` is (epoch, generation), 64 bits each."""
+    """A prefill worker's table: `rows[slot]` is (epoch, generation, ready), 64 bits each; `ready` is the generation + 1
+    once its checksums are written (kv_transfer.checksums)."""
 
     def __init__(self) -> None:
         self.epoch = secrets.randbits(64)
-        self.rows = np.zeros((NUM_SLOTS, 2), dtype=np.uint64)
+        self.rows = np.zeros((NUM_SLOTS, 3), dtype=np.uint64)
         self.rows[:, 0] = self.epoch
 
     @property
@@ -62,6 +67,10 @@ class LeaseTable:
     def end(self, slot: int) -> None:
         """From now on readers of the slot's present lease find that it has ended."""
         self.rows[slot, 1] += np.uint64(1)
+
+    def mark_ready(self, slot: int) -> None:
+        """The checksums of the slot's present lease are written."""
+        self.rows[slot, 2] = self.rows[slot, 1] + np.uint64(1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Offer:
 
     def to_param(self) -> dict[str, Any]:
         """As JSON; numbers of 64 bits as text, which every JSON parser between here and the reader keeps."""
-        tables = [[*worker, str(table.address), str(table.epoch)] for worker, table in self.tables.items()]
+        tables = [[*worker, *map(str, astuple(table))] for worker, table in self.tables.items()]
         return {"slot": self.slot, "generation": self.generation, "prompt": self.prompt, "tables": tables}
 
     @classmethod
@@ -89,8 +98,8 @@ class Offer:
         """None for what is no offer: it came over HTTP, and must not end the engine."""
         try:
             tables = {
-                (int(pp_rank), int(tp_rank)): LeaseTableAddress(int(address), int(epoch))
-                for pp_rank, tp_rank, address, epoch in param["tables"]
+                (int(pp_rank), int(tp_rank)): LeaseTableAddress(*map(int, table))
+                for pp_rank, tp_rank, *table in param["tables"]
             }
             offer = cls(int(param["slot"]), int(param["generation"]), str(param["prompt"]), tables)
         except (KeyError, TypeError, ValueError):
@@ -98,14 +107,14 @@ class Offer:
         return offer if 0 <= offer.slot < NUM_SLOTS else None
 
     def row_of(self, worker: tuple[int, int]) -> tuple[int, bytes]:
-        """Where this lease's row is in a worker's memory, and what must stand there.
+        """Where this lease's row is in a worker's memory, and what must stand there, but for `ready`.
 
         Raises:
             KeyError: the offer names no such worker.
         """
         table = self.tables[worker]
         expected = np.array([table.epoch, self.generation], dtype=np.uint64).tobytes()
-        return table.address + self.slot * len(expected), expected
+        return table.address + self.slot * ROW_BYTES, expected
 
 
 def prompt_digest(token_ids: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,15 +10,17 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.logger import init_logger
 
-from kv_transfer.identity import Offer
+from kv_transfer.identity import ROW_BYTES, Offer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+logger = init_logger(f"vllm.{__name__}")
+
 MAX_CHECKS = 1024
 """Checks under way at a time; more wait for the next poll."""
-_ROW_BYTES = 16
 
 
 class Verdict(Enum):
@@ -70,11 +73,16 @@ class _Check:
 
 
 class LeaseChecks:
-    """A rank's checks. `agent` is NIXL's."""
+    """A rank's checks."""
 
-    def __init__(self, agent: Any) -> None:
+    def __init__(self, agent: Any, needs_checksums: bool = False) -> None:
+        """Args:
+        agent: NIXL's.
+        needs_checksums: waits until the prefill worker has written them, if it does that at all.
+        """
         self._agent = agent
-        self._rows = np.zeros((MAX_CHECKS, 2), dtype=np.uint64)
+        self._needs_checksums = needs_checksums
+        self._rows = np.zeros((MAX_CHECKS, 3), dtype=np.uint64)
         self._free_rows = deque(range(MAX_CHECKS))
         self._checks: dict[str, _Check] = {}
 
@@ -102,7 +110,8 @@ class LeaseChecks:
                 if worker not in check.reads and self._free_rows:
                     check.reads[worker] = self._post(check.offer, worker, agent_name)
             states = [self._agent.check_xfer_state(handle) for handle, _ in check.reads.values()]
-        except Exception:  # noqa: BLE001 - NIXL's errors have no common class, and all mean that the peer is gone
+        except Exception as error:  # noqa: BLE001 - NIXL's have no common class; all mean that the peer is gone
+            logger.warning("request %s: whether its KV cache was held could not be read: %r", request_id, error)
             self.drop(request_id)
             return Verdict.FAILED
         if "ERR" in states:
@@ -111,17 +120,20 @@ class LeaseChecks:
         if len(states) < len(check.workers) or "PROC" in states:
             return Verdict.PENDING
         verdict = self._verdict(check)
-        self.drop(request_id)
+        if verdict is Verdict.PENDING:  # to be read again
+            self._release(check)
+        else:
+            self.drop(request_id)
         return verdict
 
     def _post(self, offer: Offer, worker: tuple[int, int], agent_name: str) -> tuple[Any, int]:
         address, _ = offer.row_of(worker)
         row = self._free_rows[0]
-        here = self._rows.ctypes.data + row * _ROW_BYTES
+        here = self._rows.ctypes.data + row * ROW_BYTES
         handle = self._agent.initialize_xfer(
             "READ",
-            self._agent.get_xfer_descs([(here, _ROW_BYTES, 0)], "DRAM"),
-            self._agent.get_xfer_descs([(address, _ROW_BYTES, 0)], "DRAM"),
+            self._agent.get_xfer_descs([(here, ROW_BYTES, 0)], "DRAM"),
+            self._agent.get_xfer_descs([(address, ROW_BYTES, 0)], "DRAM"),
             agent_name,
         )
         self._agent.transfer(handle)
@@ -133,14 +145,22 @@ class LeaseChecks:
             _, expected = check.offer.row_of(worker)
             if found[:8] != expected[:8]:
                 return Verdict.OTHER_ENGINE
-            if found != expected:
+            if found[:16] != expected:
                 return Verdict.LEASE_ENDED
+            if self._needs_checksums and check.offer.tables[worker].checksums:
+                ready = int.from_bytes(found[16:], sys.byteorder)
+                if ready != check.offer.generation + 1:
+                    return Verdict.PENDING
         return Verdict.HELD
 
     def drop(self, request_id: str) -> None:
         """Forgets the request, if there is one of this name."""
-        check = self._checks.pop(request_id, None)
-        for handle, row in check.reads.values() if check else ():
+        if check := self._checks.pop(request_id, None):
+            self._release(check)
+
+    def _release(self, check: _Check) -> None:
+        reads, check.reads = check.reads, {}
+        for handle, row in reads.values():
             try:
                 self._agent.release_xfer_handle(handle)
             except Exception:  # noqa: BLE001 - it may still be written to: this row is not used again

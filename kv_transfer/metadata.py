@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 
@@ -39,6 +40,7 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         lease_ids: dict[str, str],
         idle: bool,
         lease_slots: dict[str, int] | None = None,
+        lease_blocks: dict[str, BlockIds] | None = None,
     ) -> None:
         """Args:
         base: vLLM's own, whose content is taken over.
@@ -46,12 +48,14 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         lease_ids: the router's names, by request id, for those of `base.reqs_to_send` that have one.
         idle: nothing is computed in this step; it only polls transfers.
         lease_slots: by request id, for each of `base.reqs_to_send`; see kv_transfer.identity.
+        lease_blocks: by request id, their blocks by group; only in the test mode of kv_transfer.checksums.
         """
         self.__dict__.update(base.__dict__)
         self.pulls = pulls
         self.lease_ids = lease_ids
         self.idle = idle
         self.lease_slots = lease_slots or {}
+        self.lease_blocks = lease_blocks or {}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.logger import init_logger
 
+from kv_transfer import checksums
 from kv_transfer.identity import OFFER_PARAM, LeaseSlots, Offer, prompt_digest
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferRecord
@@ -54,6 +55,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._names: dict[str, str] = {}
         self._lease_ids: dict[str, str] = {}
         self._slots = LeaseSlots()
+        self._sums_blocks = checksums.is_on()
+        self._lease_blocks: dict[str, Any] = {}
         self._refused: set[str] = set()
         self._trusted_until: dict[str, float] = {}
         self._stats = TransferStats()
@@ -126,6 +129,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             lease_ids,
             idle=scheduler_output.total_num_scheduled_tokens == 0,
             lease_slots={r: self._slots.slot_of(r) for r in base.reqs_to_send},
+            lease_blocks={r: self._lease_blocks.pop(r, ()) for r in base.reqs_to_send} if self._sums_blocks else None,
         )
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -159,6 +163,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         is_kept, params = super().request_finished(request, block_ids)
         if is_kept and params is not None:
             params[OFFER_PARAM] = self._slots.take(request_id, request.prompt_token_ids or ()).to_param()
+            if self._sums_blocks:
+                self._lease_blocks[request_id] = params["remote_block_ids"]
             if isinstance(lease_id := wanted.get(LEASE_ID_PARAM), str):
                 self._lease_ids[request_id] = lease_id
         return is_kept, params

@@ -236,6 +236,23 @@ def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pai
     assert both.settle() == []
 
 
+@pytest.mark.parametrize("block_size", [BLOCK_SIZE, 2 * BLOCK_SIZE])
+def test_checksums_find_a_block_that_is_not_as_it_was(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    monkeypatch.setenv("TKNP_KV_CHECKSUMS", "1")
+    both = pair(decode={"block_size": block_size})
+    for i, length in enumerate((20, 100, 300)):
+        tokens = prompt(length, i)
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
+    tokens = prompt(100, 9)
+    params = both.offer(tokens)
+    both.prefill.step()
+    both.prefill.workers[0].cache["layers.1"][params["remote_block_ids"][0][1], 2, 5, 7] += 4096.0
+    assert both.hand_over(tokens, params) == 100
+    assert both.settle() == ["checksum"]
+
+
 def test_a_thousand_hand_overs_that_end_in_every_phase(llama: Path, alone: None) -> None:
     summary = hand_over(1000, llama)
     assert summary["left"] == [], summary

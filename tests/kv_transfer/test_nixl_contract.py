@@ -145,6 +145,7 @@ def test_orders_are_a_plain_object() -> None:
         "pulls",
         "lease_ids",
         "lease_slots",
+        "lease_blocks",
         "idle",
     }
 
