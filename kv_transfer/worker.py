@@ -8,12 +8,14 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from kv_transfer.direct.path import SETTING, TransferPath, make_path
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
 from tknp.common.partition import RankPlace, get_place
@@ -40,6 +42,8 @@ class _OwnPull(ReqMeta):
 class TokenParallelConnectorWorker(NixlPullConnectorWorker):
     """vLLM's pull worker, restricted to the requests of its own rank."""
 
+    nixl_wrapper: Any
+
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         on_host = current_platform.is_cpu()
         affinity = os.sched_getaffinity(0)
@@ -49,6 +53,13 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             os.sched_setaffinity(0, affinity)
         if not vllm_config.kv_transfer_config.get_from_extra_config("progress_thread", not on_host):
             self._drop_progress_thread(vllm_config)
+        in_gpu_memory = current_platform.is_cuda() and not self.use_host_buffer
+        self._path = make_path(
+            vllm_config.kv_transfer_config.get_from_extra_config(SETTING, TransferPath.AUTO),
+            self.nixl_wrapper,
+            torch.device("cuda", torch.cuda.current_device()) if in_gpu_memory else None,
+        )
+        self.nixl_wrapper = self._path.agent
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
         self._num_readers = 1
@@ -75,6 +86,17 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
     def rank(self) -> int:
         """Token-parallel rank; 0 in an engine without token parallelism."""
         return 0 if self._place is None else self._place.rank
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        super().register_kv_caches(kv_caches)
+        self._path.offer(kv_caches, self.xfer_handshake_metadata)
+
+    def _nixl_handshake(
+        self, host: str, port: int, *args: Any, **kwargs: Any
+    ) -> tuple[dict[tuple[int, int], str], float]:
+        agents, clock_offset = super()._nixl_handshake(host, port, *args, **kwargs)
+        self._path.connect(host, port, agents)
+        return agents, clock_offset
 
     def start_load_kv(self, metadata: TokenParallelConnectorMetadata) -> None:
         now = time.time()

@@ -1,0 +1,82 @@
+"""GPU memory of one process in another: the few calls of CUDA's driver that it takes.
+
+https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html. The driver is called directly because torch keeps
+its own sharing of tensors to itself, and counts references of which the two engines here know nothing: a lease guards
+the blocks, and the cache lives as long as its engine. All calls need a current CUDA context.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+_LAZY_ENABLE_PEER_ACCESS = 1
+
+
+class DriverError(RuntimeError):
+    """CUDA's driver refused a call."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One allocation of the process that offers it; several tensors may lie in it.
+
+    Attributes:
+        base: its address there.
+        size: bytes.
+        handle: CUDA's name for it, valid in other processes of this host.
+    """
+
+    base: int
+    size: int
+    handle: bytes
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_ubyte * 64)]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    pointer, size = ctypes.c_uint64, ctypes.c_size_t
+    library.cuMemGetAddressRange_v2.argtypes = [ctypes.POINTER(pointer), ctypes.POINTER(size), pointer]
+    library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), pointer]
+    library.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(pointer), _Handle, ctypes.c_uint]
+    library.cuIpcCloseMemHandle.argtypes = [pointer]
+    library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+    return library
+
+
+def _call(name: str, *arguments: object) -> None:
+    status = getattr(_library(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorName(status, ctypes.byref(text))
+        raise DriverError(f"{name}: {text.value.decode() if text.value else status}")
+
+
+def export(address: int) -> Segment:
+    """The allocation that this device address lies in.
+
+    Raises:
+        DriverError: it can't be shared; so it is with memory of expandable segments and of vLLM's sleep mode.
+    """
+    base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    return Segment(base.value, size.value, bytes(handle.reserved))
+
+
+def open_segment(segment: Segment) -> int:
+    """Maps another process's allocation; its address here. The other GPU need not be visible to this process."""
+    address = ctypes.c_uint64()
+    handle = _Handle((ctypes.c_ubyte * 64)(*segment.handle))
+    _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, _LAZY_ENABLE_PEER_ACCESS)
+    return address.value
+
+
+def close_segment(address: int) -> None:
+    """Unmaps what `open_segment` mapped. Nothing may be reading it."""
+    _call("cuIpcCloseMemHandle", address)

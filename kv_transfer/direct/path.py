@@ -1,0 +1,173 @@
+"""Which way KV takes from a prefill worker: straight from its GPU, or through NIXL. Chosen at the handshake."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG, NixlHandshakePayload
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import zmq_ctx
+from vllm.logger import init_logger
+from vllm.utils.network_utils import make_zmq_path
+
+from kv_transfer.direct import driver
+from kv_transfer.direct.agent import DirectAgent
+from kv_transfer.direct.offer import Offer, boot_id, gpu_uuid, make_offer, read_offer, with_offer
+from kv_transfer.direct.pages import Mapping, PageList, UnreachableError
+from kv_transfer.direct.transfer import PageCopier
+
+logger = init_logger(f"vllm.{__name__}")
+
+SETTING = "kv_transfer_path"
+"""Key in `kv_connector_extra_config`."""
+
+_HANDSHAKE_SECONDS = 5.0
+
+
+class TransferPath(StrEnum):
+    """Values of the setting."""
+
+    AUTO = "auto"  # direct where it works
+    DIRECT = "direct"  # or the handshake fails
+    NIXL = "nixl"
+
+
+def make_path(setting: str, nixl: Any, device: Any) -> DirectPath | NixlPath:
+    """The way for a worker whose KV cache lies on this CUDA device; None where there is no such.
+
+    Raises:
+        ValueError: the setting is none, or can't be had on this platform.
+    """
+    try:
+        wanted = TransferPath(setting)
+    except ValueError:
+        raise ValueError(f"{SETTING} is auto, direct or nixl, not {setting!r}") from None
+    if wanted is TransferPath.NIXL or device is None:
+        if wanted is TransferPath.DIRECT:
+            raise ValueError(f"{SETTING}=direct needs KV caches in the memory of CUDA GPUs; leave it at auto")
+        return NixlPath(nixl)
+    return DirectPath(nixl, device, wanted is TransferPath.DIRECT)
+
+
+class NixlPath:
+    """Everything goes through NIXL."""
+
+    def __init__(self, nixl: Any) -> None:
+        self.agent = nixl
+
+    def offer(self, kv_caches: dict[str, Any], payload: Any) -> None:
+        """Nothing to offer."""
+
+    def connect(self, host: str, port: int, agents: dict[tuple[int, int], str]) -> None:
+        """Nothing to connect."""
+
+    def name(self, agents: Any) -> TransferPath:
+        return TransferPath.NIXL
+
+
+class DirectPath:
+    """Straight from peers on this host whose memory can be mapped; through NIXL from all others."""
+
+    def __init__(self, nixl: Any, device: Any, required: bool) -> None:
+        """Args:
+        required: a peer that can't be reached directly is no peer.
+        """
+        self._copier = PageCopier(device)
+        self._required = required
+        self._kept: Any = None
+        self.agent = DirectAgent(nixl, self._copier)
+
+    def offer(self, kv_caches: dict[str, Any], payload: NixlHandshakePayload) -> None:
+        """Adds this worker's KV cache to what its peers are told in the handshake."""
+        offer, self._kept = make_offer(list(kv_caches.values()))
+        if offer.refusal:
+            logger.warning("KV transfer: peers of this host pull through NIXL, for %s", offer.refusal)
+        else:
+            # The first copy compiles the kernel, which no request is to wait for.
+            _probe(self._copier, offer.probe_address, offer)
+        payload.agent_metadata_bytes = with_offer(payload.agent_metadata_bytes, offer)
+
+    def connect(self, host: str, port: int, agents: dict[tuple[int, int], str]) -> None:
+        """Looks for the direct way to the workers of an engine that NIXL has just shaken hands with.
+
+        Args:
+            agents: NIXL's names for them, by pipeline and tensor parallel rank.
+
+        Raises:
+            UnreachableError: there is none, and it was asked for.
+        """
+        for (pp_rank, tp_rank), agent in agents.items():
+            started = time.perf_counter()
+            try:
+                offer = _fetch_offer(host, port, pp_rank, tp_rank)
+                self._open(agent, offer)
+            except (UnreachableError, driver.DriverError, msgspec.MsgspecError, zmq.ZMQError, OSError) as error:
+                where = f"prefill worker {pp_rank}/{tp_rank} at {host}:{port}"
+                if self._required:
+                    raise UnreachableError(f"{SETTING}=direct, but there is none to {where}: {error}") from error
+                logger.warning("KV transfer from %s goes through NIXL: %s", where, error)
+                continue
+            logger.info(
+                "KV transfer from prefill worker %d/%d at %s:%d is direct: GPU %s to GPU %s, found in %.1f ms",
+                *(pp_rank, tp_rank, host, port, offer.gpu, gpu_uuid(self._copier.device)),
+                (time.perf_counter() - started) * 1e3,
+            )
+
+    def name(self, agents: Any) -> TransferPath:
+        """The way from the workers with these names, which NIXL gave them."""
+        return TransferPath.DIRECT if any(map(self.agent.is_direct, agents)) else TransferPath.NIXL
+
+    def _open(self, agent: str, offer: Offer) -> None:
+        if offer.refusal:
+            raise UnreachableError(offer.refusal)
+        if offer.boot_id != boot_id():
+            raise UnreachableError("it is on another host")
+        mappings: list[Mapping] = []
+        # This thread's context; vLLM's handshake runs in one of its own.
+        with torch.cuda.device(self._copier.device):
+            torch.cuda.current_stream().query()
+            try:
+                for segment in offer.segments:
+                    mappings.append(Mapping(segment.base, segment.size, driver.open_segment(segment)))
+                [probe] = _one_page(offer.probe_address, len(offer.probe)).mapped(mappings).addresses
+                _probe(self._copier, int(probe), offer)
+                self.agent.connect(agent, mappings)
+            except Exception:
+                for mapping in mappings:
+                    driver.close_segment(mapping.address)
+                raise
+
+
+def _fetch_offer(host: str, port: int, pp_rank: int, tp_rank: int) -> Offer:
+    """Asks again what vLLM's handshake asked, whose decoder drops what it does not know."""
+    with zmq_ctx(zmq.REQ, make_zmq_path("tcp", host, port)) as socket:
+        socket.setsockopt(zmq.RCVTIMEO, int(_HANDSHAKE_SECONDS * 1e3))
+        socket.send(msgspec.msgpack.encode((GET_META_MSG, pp_rank, tp_rank)))
+        reply = socket.recv_multipart()
+    payload = msgspec.msgpack.decode(reply[0], type=NixlHandshakePayload)
+    offer = read_offer(payload.agent_metadata_bytes)
+    if offer is None:
+        raise UnreachableError("it offers no direct path (a stock NixlConnector does not)")
+    return offer
+
+
+def _one_page(address: int, length: int) -> PageList:
+    return PageList([(address, length, 0)])
+
+
+def _probe(copier: PageCopier, address: int, offer: Offer) -> None:
+    """Copies the probe from `address` as KV would be.
+
+    Raises:
+        UnreachableError: something else stands there.
+    """
+    found = torch.zeros(len(offer.probe), dtype=torch.uint8, device=copier.device)
+    torch.cuda.current_stream(copier.device).synchronize()
+    zero = PageList([(0, 0, 0)]).lengths.astype("int32")
+    copier.start(_one_page(address, len(offer.probe)), zero, _one_page(found.data_ptr(), len(offer.probe)), zero).wait()
+    if bytes(found.cpu().numpy()) != offer.probe:
+        raise UnreachableError("a copy of its probe brought other bytes")

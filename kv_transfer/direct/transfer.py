@@ -1,0 +1,111 @@
+"""Pulls: lists of pages copied into this GPU's memory, on a stream of their own."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kv_transfer.direct.pages import ALIGNMENT, Ids, PageList
+
+NUM_PROGRAMS = 64
+TILE_BYTES = 32 << 10
+NUM_WARPS = 8
+"""See the kernel for what they must be."""
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How the copy is spread over the GPU.
+
+    Attributes:
+        num_programs: multiprocessors that it takes, about.
+        tile_bytes: what a program reads before it writes.
+    """
+
+    num_programs: int = NUM_PROGRAMS
+    tile_bytes: int = TILE_BYTES
+    num_warps: int = NUM_WARPS
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """What vLLM asks of a finished transfer, by NIXL's names; times in microseconds."""
+
+    postDuration: float
+    xferDuration: float
+    totalBytes: int
+    descCount: int
+
+
+class PageTransfer:
+    """One copy that was started."""
+
+    def __init__(self, begin: Any, end: Any, num_bytes: int, num_pages: int, post_seconds: float, kept: Any) -> None:
+        self._begin, self._end = begin, end
+        self._num_bytes, self._num_pages, self._post_seconds = num_bytes, num_pages, post_seconds
+        self._kept = kept  # what the GPU reads until the end
+
+    def is_done(self) -> bool:
+        """Raises RuntimeError if CUDA failed."""
+        return bool(self._end.query())
+
+    def wait(self) -> None:
+        self._end.synchronize()
+
+    def telemetry(self) -> Telemetry:
+        """Of a finished one."""
+        return Telemetry(
+            postDuration=self._post_seconds * 1e6,
+            xferDuration=self._begin.elapsed_time(self._end) * 1e3,
+            totalBytes=self._num_bytes,
+            descCount=self._num_pages,
+        )
+
+
+class PageCopier:
+    """Copies pages into one GPU's memory, in the order asked for, beside what the model computes."""
+
+    def __init__(self, device: Any, shape: LaunchShape | None = None) -> None:
+        self.device = torch.device(device)
+        self.shape = shape or LaunchShape()
+        self._stream = torch.cuda.Stream(self.device)
+
+    def start(self, sources: PageList, source_ids: Ids, destinations: PageList, destination_ids: Ids) -> PageTransfer:
+        """Copies page `source_ids[i]` of `sources` to page `destination_ids[i]` of `destinations`, for all i; no
+        destination may be written by anybody else until it is done."""
+        started = time.perf_counter()
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            ids = torch.from_numpy(np.stack((source_ids, destination_ids)).astype(np.int32, copy=False)).pin_memory()
+            on_gpu = ids.to(self.device, non_blocking=True)
+            tables = sources.table(self.device), destinations.table(self.device)
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(self._stream)
+            num_bytes = 0
+            for length, positions in destinations.by_length(destination_ids):
+                chosen = on_gpu if isinstance(positions, slice) else on_gpu[:, torch.from_numpy(positions)]
+                self._launch(*tables, chosen[0], chosen[1], length)
+                num_bytes += length * chosen.shape[1]
+            end.record(self._stream)
+        seconds = time.perf_counter() - started
+        return PageTransfer(begin, end, num_bytes, len(source_ids), seconds, (ids, on_gpu))
+
+    def _launch(self, sources: Any, destinations: Any, source_ids: Any, destination_ids: Any, length: int) -> None:
+        from kv_transfer.direct.kernel import WORD_BYTES, copy_pages_kernel  # needs no GPU, but Triton
+
+        tiles_per_page = -(-length // self.shape.tile_bytes)
+        programs = min(self.shape.num_programs, tiles_per_page * len(source_ids))
+        copy_pages_kernel[(programs,)](
+            sources,
+            destinations,
+            source_ids,
+            destination_ids,
+            len(source_ids),
+            length // ALIGNMENT,
+            tiles_per_page,
+            TILE_WORDS=self.shape.tile_bytes // WORD_BYTES,
+            num_warps=self.shape.num_warps,
+        )
