@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bench.shapes import SHAPES
+from bench.transfer.process import Served, ready
 from bench.transfer.side import Pulled, SideJob, serve
 
 NVLINK_BYTES_PER_SECOND = 450e9
@@ -18,8 +17,6 @@ NVLINK_BYTES_PER_SECOND = 450e9
 
 CASES = ((1, 8192), (1, 32768), (8, 8192))
 """Requests and the tokens of each."""
-
-_START_SECONDS, _ORDER_SECONDS = 120.0, 60.0
 
 
 class BeyondLinkError(RuntimeError):
@@ -87,60 +84,32 @@ def compare(plan: Plan, say: Callable[[str], None]) -> Iterator[Row]:
         RuntimeError: a side failed or did not answer in time.
     """
     for number, path in enumerate(plan.paths):
-        with Pair(plan, path, 15600 + 100 * number) as pair:
+        pair = _start(plan, path, 15600 + 100 * number)
+        with ready(pair.prefill, pair.decode):
             yield from _measure(plan, path, pair, say)
 
 
+@dataclass(frozen=True)
 class Pair:
     """The two sides of a path, as processes."""
 
-    def __init__(self, plan: Plan, path: str, port: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._processes, self._pipes = [], []
-        for number, role in enumerate(("kv_producer", "kv_consumer")):
-            device = None if plan.devices is None else plan.devices[number]
-            job = SideJob(path, role, plan.shape, plan.block_size, plan.num_blocks, device, port + number)
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(job, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+    prefill: Served
+    decode: Served
 
-    def __enter__(self) -> Pair:
-        for side in (0, 1):
-            self._answer(side, _START_SECONDS)
-        return self
 
-    def __exit__(self, *_: Any) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join(10)
-
-    def prefill(self, *order: Any) -> Any:
-        return self._ask(0, order)
-
-    def decode(self, *order: Any) -> Any:
-        return self._ask(1, order)
-
-    def _ask(self, side: int, order: Any) -> Any:
-        self._pipes[side].send(order)
-        return self._answer(side, _ORDER_SECONDS)
-
-    def _answer(self, side: int, seconds: float) -> Any:
-        name = ("prefill", "decode")[side]
-        if not self._pipes[side].poll(seconds):
-            raise RuntimeError(f"the {name} side did not answer in {seconds:.0f} s")
-        try:
-            return self._pipes[side].recv()
-        except EOFError:
-            raise RuntimeError(f"the {name} side ended; its output says why") from None
+def _start(plan: Plan, path: str, port: int) -> Pair:
+    sides = []
+    for number, role in enumerate(("kv_producer", "kv_consumer")):
+        device = None if plan.devices is None else plan.devices[number]
+        job = SideJob(path, role, plan.shape, plan.block_size, plan.num_blocks, device, port + number)
+        sides.append(Served(f"{path} {role} side", serve, job))
+    return Pair(*sides)
 
 
 def _measure(plan: Plan, path: str, pair: Pair, say: Callable[[str], None]) -> Iterator[Row]:
     rng = random.Random(7)
     seeds = (11, 12)
-    pair.prefill("fill", seeds[0])
+    pair.prefill.ask("fill", seeds[0])
     started = time.perf_counter()
     first = _pull(plan, pair, rng, 1, min(tokens for _, tokens in plan.cases), True, seeds)
     say(f"{path}: the first pull took {first.seconds * 1e3:.1f} ms; checked in {time.perf_counter() - started:.1f} s")
@@ -165,8 +134,8 @@ def _pull(
     seeds: tuple[int, int] | None = None,
 ) -> Pulled:
     lists = [_blocks(plan, rng, requests, tokens, fragmented) for _ in range(2)]
-    offers = pair.prefill("offer", tokens, lists[0])
-    pulled: Pulled = pair.decode("pull", tokens, offers, lists[1], seeds)
+    offers = pair.prefill.ask("offer", tokens, lists[0])
+    pulled: Pulled = pair.decode.ask("pull", tokens, offers, lists[1], seeds)
     return pulled
 
 
