@@ -18,7 +18,12 @@ class TransferStats(NixlKVConnectorStats):
 
     def reset(self) -> None:
         super().reset()
-        self.data.update({"pull_rank": [], "pull_seconds": [], "pull_bytes": []})
+        self.data.update({"pull_rank": [], "pull_seconds": [], "pull_bytes": [], "transfer_path": []})
+
+    def record_transfer(self, res: Any) -> None:
+        super().record_transfer(res)
+        if res is not None:  # vLLM's other lists have one item for it, too
+            self.data["transfer_path"].append(getattr(res, "path", "nixl"))
 
     def record_pull(self, record: TransferRecord) -> None:
         self.data["pull_rank"].append(record.rank)
@@ -52,6 +57,16 @@ class TransferMetrics(NixlPromMetrics):
             documentation="Bytes of KV cache that a token-parallel rank has pulled from prefill engines.",
             labelnames=labels,
         )
+        self._path_bytes = self._counter_cls(
+            name="tknp_kv_transfer_path_bytes",
+            documentation="Bytes of KV cache pulled, by the path they took: direct (between GPUs of a host) or nixl.",
+            labelnames=[*labelnames, "path"],
+        )
+        self._path_seconds = self._counter_cls(
+            name="tknp_kv_transfer_path_seconds",
+            documentation="Seconds that transfers took on a path; those at the same time count each.",
+            labelnames=[*labelnames, "path"],
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         super().observe(transfer_stats_data, engine_idx)
@@ -64,3 +79,11 @@ class TransferMetrics(NixlPromMetrics):
         ):
             self._duration.labels(*values, str(rank)).observe(seconds)
             self._bytes.labels(*values, str(rank)).inc(kv_bytes)
+        for path, seconds, num_bytes in zip(
+            transfer_stats_data["transfer_path"],
+            transfer_stats_data["transfer_duration"],
+            transfer_stats_data["bytes_transferred"],
+            strict=True,
+        ):
+            self._path_bytes.labels(*values, path).inc(num_bytes)
+            self._path_seconds.labels(*values, path).inc(seconds)

@@ -100,9 +100,6 @@ class DirectAgent:
             prepared.reachable = reachable
         self._peers[peer] = mappings
 
-    def is_direct(self, peer: str) -> bool:
-        return peer in self._peers
-
     def remove_remote_agent(self, agent: str) -> None:
         for mapping in self._peers.pop(agent, ()):
             driver.close_segment(mapping.address)

@@ -2,14 +2,19 @@
 
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html. The driver is called directly because torch keeps
 its own sharing of tensors to itself, and counts references of which the two engines here know nothing: a lease guards
-the blocks, and the cache lives as long as its engine. All calls need a current CUDA context.
+the blocks, and the cache lives as long as its engine.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 _LAZY_ENABLE_PEER_ACCESS = 1
 
@@ -55,6 +60,18 @@ def _call(name: str, *arguments: object) -> None:
         text = ctypes.c_char_p()
         _library().cuGetErrorName(status, ctypes.byref(text))
         raise DriverError(f"{name}: {text.value.decode() if text.value else status}")
+
+
+@contextmanager
+def context(device: Any) -> Iterator[None]:
+    """Makes the device's CUDA context this thread's, which all calls below need."""
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device).query()  # the first call to the runtime is what makes it
+        yield
+
+
+def gpu_uuid(device: Any) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def export(address: int) -> Segment:

@@ -42,28 +42,23 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def gpu_uuid(device: Any) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)
-
-
 def make_offer(tensors: list[Any]) -> tuple[Offer, Any]:
     """Offers the allocations that `tensors`, all on one GPU, lie in.
 
     Returns:
         The offer, and what must live as long as it.
+
+    Raises:
+        DriverError: they can't be shared.
     """
     device = tensors[0].device
-    with torch.cuda.device(device):
+    with driver.context(device):
         probe = secrets.token_bytes(PROBE_BYTES)
         pattern = torch.frombuffer(bytearray(probe), dtype=torch.uint8).to(device)
-        torch.cuda.synchronize(device)
-        try:
-            exported = [driver.export(tensor.data_ptr()) for tensor in (*tensors, pattern)]
-        except (driver.DriverError, OSError) as error:
-            return Offer(refusal=f"its KV cache can't be shared ({error})"), None
+        exported = [driver.export(tensor.data_ptr()) for tensor in (*tensors, pattern)]
         offer = Offer(
             boot_id=boot_id(),
-            gpu=gpu_uuid(device),
+            gpu=driver.gpu_uuid(device),
             segments=list({segment.base: segment for segment in exported}.values()),
             probe_address=pattern.data_ptr(),
             probe=probe,

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG, NixlHandshakePayload
@@ -16,7 +17,7 @@ from vllm.utils.network_utils import make_zmq_path
 
 from kv_transfer.direct import driver
 from kv_transfer.direct.agent import DirectAgent
-from kv_transfer.direct.offer import Offer, boot_id, gpu_uuid, make_offer, read_offer, with_offer
+from kv_transfer.direct.offer import Offer, boot_id, make_offer, read_offer, with_offer
 from kv_transfer.direct.pages import Mapping, PageList, UnreachableError
 from kv_transfer.direct.transfer import PageCopier
 
@@ -65,9 +66,6 @@ class NixlPath:
     def connect(self, host: str, port: int, agents: dict[tuple[int, int], str]) -> None:
         """Nothing to connect."""
 
-    def name(self, agents: Any) -> TransferPath:
-        return TransferPath.NIXL
-
 
 class DirectPath:
     """Straight from peers on this host whose memory can be mapped; through NIXL from all others."""
@@ -83,12 +81,13 @@ class DirectPath:
 
     def offer(self, kv_caches: dict[str, Any], payload: NixlHandshakePayload) -> None:
         """Adds this worker's KV cache to what its peers are told in the handshake."""
-        offer, self._kept = make_offer(list(kv_caches.values()))
-        if offer.refusal:
-            logger.warning("KV transfer: peers of this host pull through NIXL, for %s", offer.refusal)
-        else:
+        try:
+            offer, self._kept = make_offer(list(kv_caches.values()))
             # The first copy compiles the kernel, which no request is to wait for.
             _probe(self._copier, offer.probe_address, offer)
+        except Exception as error:  # noqa: BLE001 - whatever it is, NIXL is still there
+            offer = Offer(refusal=f"it can't share its KV cache ({error})")
+            logger.warning("KV transfer: decode engines of this host pull through NIXL: %s", offer.refusal)
         payload.agent_metadata_bytes = with_offer(payload.agent_metadata_bytes, offer)
 
     def connect(self, host: str, port: int, agents: dict[tuple[int, int], str]) -> None:
@@ -105,7 +104,7 @@ class DirectPath:
             try:
                 offer = _fetch_offer(host, port, pp_rank, tp_rank)
                 self._open(agent, offer)
-            except (UnreachableError, driver.DriverError, msgspec.MsgspecError, zmq.ZMQError, OSError) as error:
+            except Exception as error:  # as above
                 where = f"prefill worker {pp_rank}/{tp_rank} at {host}:{port}"
                 if self._required:
                     raise UnreachableError(f"{SETTING}=direct, but there is none to {where}: {error}") from error
@@ -113,13 +112,9 @@ class DirectPath:
                 continue
             logger.info(
                 "KV transfer from prefill worker %d/%d at %s:%d is direct: GPU %s to GPU %s, found in %.1f ms",
-                *(pp_rank, tp_rank, host, port, offer.gpu, gpu_uuid(self._copier.device)),
+                *(pp_rank, tp_rank, host, port, offer.gpu, driver.gpu_uuid(self._copier.device)),
                 (time.perf_counter() - started) * 1e3,
             )
-
-    def name(self, agents: Any) -> TransferPath:
-        """The way from the workers with these names, which NIXL gave them."""
-        return TransferPath.DIRECT if any(map(self.agent.is_direct, agents)) else TransferPath.NIXL
 
     def _open(self, agent: str, offer: Offer) -> None:
         if offer.refusal:
@@ -127,13 +122,11 @@ class DirectPath:
         if offer.boot_id != boot_id():
             raise UnreachableError("it is on another host")
         mappings: list[Mapping] = []
-        # This thread's context; vLLM's handshake runs in one of its own.
-        with torch.cuda.device(self._copier.device):
-            torch.cuda.current_stream().query()
+        with driver.context(self._copier.device):
             try:
                 for segment in offer.segments:
                     mappings.append(Mapping(segment.base, segment.size, driver.open_segment(segment)))
-                [probe] = _one_page(offer.probe_address, len(offer.probe)).mapped(mappings).addresses
+                [probe] = PageList([(offer.probe_address, len(offer.probe), 0)]).mapped(mappings).addresses
                 _probe(self._copier, int(probe), offer)
                 self.agent.connect(agent, mappings)
             except Exception:
@@ -155,19 +148,14 @@ def _fetch_offer(host: str, port: int, pp_rank: int, tp_rank: int) -> Offer:
     return offer
 
 
-def _one_page(address: int, length: int) -> PageList:
-    return PageList([(address, length, 0)])
-
-
 def _probe(copier: PageCopier, address: int, offer: Offer) -> None:
     """Copies the probe from `address` as KV would be.
 
     Raises:
         UnreachableError: something else stands there.
     """
-    found = torch.zeros(len(offer.probe), dtype=torch.uint8, device=copier.device)
-    torch.cuda.current_stream(copier.device).synchronize()
-    zero = PageList([(0, 0, 0)]).lengths.astype("int32")
-    copier.start(_one_page(address, len(offer.probe)), zero, _one_page(found.data_ptr(), len(offer.probe)), zero).wait()
+    found, first = torch.zeros(len(offer.probe), dtype=torch.uint8).to(copier.device), np.zeros(1, dtype=np.int32)
+    source, destination = (PageList([(at, len(offer.probe), 0)]) for at in (address, found.data_ptr()))
+    copier.start(source, first, destination, first).wait()
     if bytes(found.cpu().numpy()) != offer.probe:
         raise UnreachableError("a copy of its probe brought other bytes")

@@ -39,6 +39,7 @@ class Telemetry:
     xferDuration: float
     totalBytes: int
     descCount: int
+    path: str = "direct"  # ours; NIXL's has none
 
 
 class PageTransfer:
