@@ -267,8 +267,11 @@ def _vllm_config(job: SideJob) -> Any:
 
 
 def _join_world_of_one() -> None:
+    import torch
     from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 
+    if torch.distributed.is_initialized():
+        return
     store = Path(tempfile.mkdtemp()) / "store"
     init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
     initialize_model_parallel(1, 1)

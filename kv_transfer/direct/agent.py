@@ -15,6 +15,7 @@ from kv_transfer.direct.transfer import PageCopier, PageTransfer
 logger = init_logger(f"vllm.{__name__}")
 
 _LOCAL = "NIXL_INIT_AGENT"
+_GPU_MEMORY = "VRAM"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class DirectAgent:
 
     def get_xfer_descs(self, descs: Any, mem_type: str | None = None) -> Any:
         native = self._nixl.get_xfer_descs(descs, mem_type)
-        return _Descriptors(native, PageList(descs)) if mem_type == "VRAM" else native
+        return _Descriptors(native, PageList(descs)) if mem_type == _GPU_MEMORY else native
 
     def prep_xfer_dlist(self, agent_name: str, xfer_list: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(xfer_list, _Descriptors):
