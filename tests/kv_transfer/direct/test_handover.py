@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
 from bench.transfer import side as bench_side
 from bench.transfer.side import Side, SideJob
-from kv_transfer.direct import path
+from kv_transfer.direct import driver, path
 from tests.kv_transfer.direct.conftest import HostMemory
 
 TOKENS, BLOCK_SIZE, NUM_BLOCKS = 256, 32, 33
@@ -25,11 +26,21 @@ ports = iter(range(25_600, 26_600))
 class Pair:
     """A prefill and a decode side in this process; NIXL still moves what goes through it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, setting: str, prefill: str = "direct") -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        setting: str,
+        prefill: str = "direct",
+        decode_block_size: int = BLOCK_SIZE,
+    ) -> None:
         extra = {"kv_connector_extra_config": {"kv_transfer_path": setting}}
         monkeypatch.setitem(bench_side.CONNECTORS, "tested", bench_side.CONNECTORS["direct"] | extra)
         self.prefill, self.decode = (
-            self._start(monkeypatch, name, role) for name, role in ((prefill, "kv_producer"), ("tested", "kv_consumer"))
+            self._start(monkeypatch, name, role, block_size)
+            for name, role, block_size in (
+                (prefill, "kv_producer", BLOCK_SIZE),
+                ("tested", "kv_consumer", decode_block_size),
+            )
         )
         self.prefill.fill(SEEDS[0])
         step = self.decode.step
@@ -40,11 +51,11 @@ class Pair:
 
         monkeypatch.setattr(self.decode, "step", step_both)
 
-    def _start(self, monkeypatch: pytest.MonkeyPatch, name: str, role: str) -> Side:
+    def _start(self, monkeypatch: pytest.MonkeyPatch, name: str, role: str, block_size: int) -> Side:
         port = next(ports)
         monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
         monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(port))
-        return Side(SideJob(name, role, "tiny", BLOCK_SIZE, NUM_BLOCKS, None, port))
+        return Side(SideJob(name, role, "tiny", block_size, NUM_BLOCKS, None, port))
 
     def hand_over(self, requests: int = 1) -> int:
         """Pulls into scattered blocks; how many blocks of the cache then don't hold what they should."""
@@ -107,6 +118,18 @@ def test_every_byte_arrives_and_the_lease_ends(
     assert gpu.num_open == 0
 
 
+def test_larger_blocks_on_the_decode_side_are_filled_as_nixl_fills_them(pair: Callable[..., Pair]) -> None:
+    theirs, ours = [5, 30, 2, 17, 9, 11, 12, 3], [8, 1, 20, 13]
+    caches = []
+    for setting in ("nixl", "direct"):
+        both = pair(setting, "direct", 2 * BLOCK_SIZE)
+        both.decode.fill(SEEDS[1])
+        both.decode.pull(TOKENS, both.prefill.offer(TOKENS, [theirs]), [ours], None)
+        assert both.paths == [setting]
+        caches.append(both.decode._backing.clone())
+    assert caches[0].view(-1).view(torch.int32).equal(caches[1].view(-1).view(torch.int32))
+
+
 def other_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path, "boot_id", lambda: "another")
 
@@ -124,9 +147,9 @@ def other_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(segment: Any) -> int:
-        raise path.driver.DriverError("cuIpcOpenMemHandle_v2: CUDA_ERROR_INVALID_CONTEXT")
+        raise driver.DriverError("cuIpcOpenMemHandle_v2: CUDA_ERROR_INVALID_CONTEXT")
 
-    monkeypatch.setattr(path.driver, "open_segment", refuse)
+    monkeypatch.setattr(driver, "open_segment", refuse)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +198,9 @@ def test_memory_that_cannot_be_shared_keeps_nobody_from_starting(
     pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(address: int) -> Any:
-        raise path.driver.DriverError("cuIpcGetMemHandle: CUDA_ERROR_INVALID_VALUE")
+        raise driver.DriverError("cuIpcGetMemHandle: CUDA_ERROR_INVALID_VALUE")
 
-    monkeypatch.setattr(path.driver, "export", refuse)
+    monkeypatch.setattr(driver, "export", refuse)
     both = pair("auto")
     assert both.hand_over() == 0
     assert both.paths == ["nixl"]
