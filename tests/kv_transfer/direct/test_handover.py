@@ -15,6 +15,7 @@ from vllm.distributed.parallel_state import destroy_distributed_environment, des
 from bench.transfer import side as bench_side
 from bench.transfer.side import Side, SideJob
 from kv_transfer.direct import driver, path
+from kv_transfer.direct import offer as offer_module
 from tests.kv_transfer.direct.conftest import HostMemory
 
 TOKENS, BLOCK_SIZE, NUM_BLOCKS = 256, 32, 33
@@ -135,7 +136,7 @@ def other_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = path.read_offer
+    real = offer_module.read_offer
 
     def read(data: bytes) -> Any:
         offer = real(data)
