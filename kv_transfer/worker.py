@@ -27,6 +27,10 @@ _IDLE_PAUSE_SECONDS = 0.001
 lease is pending (v1/core/sched/scheduler.py, has_finished_requests), which would take a core from whoever
 computes."""
 
+_IDLE_WAIT_SECONDS = 0.005
+"""How long a step that has nothing to compute waits for copies between GPUs, which take milliseconds. vLLM's engine
+sleeps 1 ms before it asks again (v1/engine/core.py, _process_engine_step)."""
+
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
 aborted."""
@@ -118,8 +122,10 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             metadata.heartbeat_by_engine = {}
         self._lease_ids.update(metadata.lease_ids)
         super().start_load_kv(metadata)
-        if metadata.idle and self._idle_pause:
-            time.sleep(self._idle_pause)
+        if metadata.idle:
+            self._path.settle(_IDLE_WAIT_SECONDS)
+            if self._idle_pause:
+                time.sleep(self._idle_pause)
 
     def _read_blocks_for_req(self, req_id: str, meta: _OwnPull) -> None:
         self._num_readers = meta.num_readers  # of the request whose reads are posted now

@@ -11,6 +11,7 @@ Two processes, each seeing one GPU: a source that shares its memory, and a desti
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,10 @@ def _destination(device: int, pipe: Any, part: str, output: Path) -> None:
 
     torch.cuda.init()
     torch.zeros(1, device="cuda")
-    found = PARTS[part](pipe)
-    (output / f"check-{part}.json").write_text(json.dumps(found, indent=1) + "\n")
+    with (output / f"check-{part}.jsonl").open("w") as file:
+        for row in PARTS[part](pipe):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
 
 
 # -- pages --
@@ -138,17 +141,19 @@ def check_pages(pipe: Any) -> list[dict[str, Any]]:
     """Raises AssertionError for the first byte in the wrong place."""
     import torch
 
+    from kv_transfer.direct.launch import BulkShape, TileShape
     from kv_transfer.direct.pages import PageList
     from kv_transfer.direct.transfer import PageCopier
 
-    copier, rng, rows = PageCopier("cuda"), np.random.default_rng(int.from_bytes(os.urandom(4))), []
-    for page_bytes in (65536, 8192, 18432, 48):
+    copiers = {type(shape).__name__: PageCopier("cuda", shape) for shape in (TileShape(), BulkShape())}
+    rng, rows = np.random.default_rng(int.from_bytes(os.urandom(4))), []
+    for page_bytes in (65536, 18432, 48):
         for blocks_first in (False, True):
             cache = Cache(6, 700, page_bytes, blocks_first)
             seed = int(rng.integers(1 << 30))
             peer = Peer(pipe, cache, seed)
             source = cache.pages(cache.allocate(seed))
-            for num_blocks in (1, 17, 512):
+            for num_blocks, (kernel, copier) in itertools.product((1, 17, 512), copiers.items()):
                 local = cache.allocate(seed + 1)
                 blocks = [rng.permutation(cache.num_blocks)[:num_blocks] for _ in range(2)]
                 source_ids, ids = cache.ids(blocks[0]), cache.ids(blocks[1])
@@ -157,16 +162,14 @@ def check_pages(pipe: Any) -> list[dict[str, Any]]:
                 torch.cuda.synchronize()
                 transfer = copier.start(peer.pages, source_ids, PageList(cache.descriptors(local.data_ptr())), ids)
                 transfer.wait()
-                assert torch.equal(cache.pages(local), expected), (page_bytes, blocks_first, num_blocks)
+                assert torch.equal(cache.pages(local), expected), (kernel, page_bytes, blocks_first, num_blocks)
                 assert transfer.telemetry().totalBytes == len(ids) * page_bytes
-                rows.append(
-                    {"page_bytes": page_bytes, "blocks_first": blocks_first, "blocks": num_blocks, "equal": True}
-                )
+                rows.append({"kernel": kernel, "page_bytes": page_bytes, "blocks": num_blocks})
             if blocks_first:
                 assert peer.is_unchanged(), "the source was written to"
             else:
                 peer.close()
-    rows.append(_check_mixed_lengths(pipe, copier))
+    rows += [_check_mixed_lengths(pipe, copier) for copier in copiers.values()]
     return rows
 
 
@@ -201,19 +204,21 @@ def _check_mixed_lengths(pipe: Any, copier: Any) -> dict[str, Any]:
 # -- bandwidth --
 
 
-def measure_bandwidth(pipe: Any) -> dict[str, Any]:
+def measure_bandwidth(pipe: Any) -> Iterator[dict[str, Any]]:
+    """Yields each figure as soon as it is known."""
     import torch
 
+    from kv_transfer.direct.launch import BulkShape, TileShape
     from kv_transfer.direct.pages import PageList
-    from kv_transfer.direct.transfer import LaunchShape, PageCopier
+    from kv_transfer.direct.transfer import PageCopier
 
-    cache = Cache(32, 8704, 65536)
+    cache = Cache(32, 8193, 65536)
     peer = Peer(pipe, cache, 1)
     local = cache.allocate(2)
     ours = PageList(cache.descriptors(local.data_ptr()))
     torch.cuda.synchronize()
-    found: dict[str, Any] = {"copy_engine": _copy_engine(peer, local), "shapes": [], "push": [], "cases": []}
     rng = np.random.default_rng(0)
+    yield {"what": "copy engine", "gigabytes_per_second": _copy_engine(peer, local)}
 
     def timed(copier: Any, tokens: int, requests: int, fragmented: bool, repeats: int, push: bool = False) -> Any:
         walls, kernels = [], []
@@ -232,9 +237,7 @@ def measure_bandwidth(pipe: Any) -> dict[str, Any]:
         gigabytes = requests * tokens * cache.num_layers * cache.page_bytes / 16 / 1e9
         rate = [gigabytes / seconds for seconds in walls[1:]]
         return {
-            "tokens": tokens,
-            "requests": requests,
-            "fragmented": fragmented,
+            "case": f"{requests}x{tokens}{' fragmented' if fragmented else ''}{' push' if push else ''}",
             "gigabytes_per_second": round(statistics.median(rate), 1),
             "least": round(min(rate), 1),
             "most": round(max(rate), 1),
@@ -242,29 +245,25 @@ def measure_bandwidth(pipe: Any) -> dict[str, Any]:
             "post_ms": round(started[0].telemetry().postDuration / 1e3, 3),
         }
 
-    for tile in (16 << 10, 32 << 10, 64 << 10):
-        for warps in (4, 8, 16):
-            for programs in (8, 16, 24, 32, 48, 64, 96, 132, 264):
-                shape = LaunchShape(programs, tile, warps)
-                found["shapes"].append(asdict(shape) | timed(PageCopier("cuda", shape), 8192, 1, True, 5))
-    best = max(found["shapes"], key=lambda row: row["kernel_gigabytes_per_second"])
-    for programs in (16, 32, 64, 132):
-        shape = LaunchShape(programs, best["tile_bytes"], best["num_warps"])
-        found["push"].append(asdict(shape) | timed(PageCopier("cuda", shape), 8192, 1, True, 5, push=True))
-    for shape in (LaunchShape(), LaunchShape(best["num_programs"], best["tile_bytes"], best["num_warps"])):
+    shapes: list[Any] = [BulkShape(n, c << 10, s) for c, s in ((16, 8), (32, 6), (8, 16)) for n in (8, 16, 24, 32, 64)]
+    shapes += [BulkShape(n, c << 10, s) for c, s in ((16, 4), (16, 12)) for n in (16, 32, 132)]
+    shapes += [TileShape(n, 32 << 10, w) for w in (8, 16) for n in (32, 64, 132, 264)]
+    shapes += [TileShape(n, 16 << 10, 4) for n in (132, 528, 1056)]
+    best: dict[type, tuple[float, Any]] = {}
+    for shape in shapes:
+        row = timed(PageCopier("cuda", shape), 8192, 1, True, 4)
+        rate = row["kernel_gigabytes_per_second"]
+        best[type(shape)] = max(best.get(type(shape), (0.0, shape)), (rate, shape), key=lambda found: found[0])
+        yield {"what": "shape", "kernel": type(shape).__name__, **asdict(shape), **row}
+    for _, shape in best.values():
+        copier = PageCopier("cuda", shape)
+        yield {"what": "push", "kernel": type(shape).__name__, **timed(copier, 8192, 1, True, 4, push=True)}
         for tokens, requests in ((8192, 1), (32768, 1), (8192, 8)):
             for fragmented in (False, True):
-                found["cases"].append(
-                    asdict(shape) | timed(PageCopier("cuda", shape), tokens, requests, fragmented, 15)
-                )
-    found["beside"] = [
-        _beside_a_model(
-            PageCopier("cuda", LaunchShape(programs, best["tile_bytes"], best["num_warps"])), peer, ours, cache
-        )
-        for programs in (16, 32, 64, 132)
-    ]
+                row = timed(copier, tokens, requests, fragmented, 7)
+                yield {"what": "case", "kernel": type(shape).__name__, **asdict(shape), **row}
+        yield {"what": "beside", "kernel": type(shape).__name__} | _beside_a_model(copier, peer, ours, cache)
     peer.close()
-    return found
 
 
 def _block_ids(cache: Cache, rng: Any, tokens: int, requests: int, fragmented: bool) -> list[Any]:
@@ -292,17 +291,14 @@ def _copy_engine(peer: Peer, local: Any) -> list[float]:
     return rates
 
 
-def _beside_a_model(shape: Any, peer: Peer, ours: Any, cache: Cache) -> dict[str, Any]:
+def _beside_a_model(copier: Any, peer: Peer, ours: Any, cache: Cache) -> dict[str, Any]:
     """What a copy costs kernels that run at the same time: a matrix product, and a pass over memory."""
     import torch
 
-    from kv_transfer.direct.transfer import PageCopier
-
-    copier = PageCopier("cuda", shape)
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
     ids = cache.ids(np.arange(2048))
-    result: dict[str, Any] = {"num_programs": copier.shape.num_programs}
+    result: dict[str, Any] = {}
     kinds: dict[str, Callable[[], Any]] = {"product": lambda: a @ a, "memory": lambda: x.add_(1)}
     for name, work in kinds.items():
         for beside in (False, True):
@@ -325,7 +321,7 @@ def _beside_a_model(shape: Any, peer: Peer, ours: Any, cache: Cache) -> dict[str
 # -- death --
 
 
-def read_from_the_dead(pipe: Any) -> dict[str, Any]:
+def read_from_the_dead(pipe: Any) -> list[dict[str, Any]]:
     """Reads on while the source is killed; this process must live, and its own GPU work too."""
     import torch
 
@@ -349,10 +345,10 @@ def read_from_the_dead(pipe: Any) -> dict[str, Any]:
         torch.randn(1024, 1024, device="cuda").sum().item()
     except RuntimeError as error:
         result["error"] = str(error).splitlines()[0]
-    return result
+    return [result]
 
 
-PARTS: dict[str, Callable[[Any], Any]] = {
+PARTS: dict[str, Callable[[Any], Iterable[dict[str, Any]]]] = {
     "pages": check_pages,
     "bandwidth": measure_bandwidth,
     "death": read_from_the_dead,

@@ -101,7 +101,7 @@ def _warm_up(pair: _Engines) -> float:
 
 
 def _bare_step(pair: _Engines, seed: int) -> float:
-    seconds: float = statistics.median(pair.decode.ask("generate", 1, 64, 200 + seed + i, None)[0] for i in range(3))
+    seconds: float = statistics.median(pair.decode.ask("generate", 1, 64, 900 + seed + i, None)[0] for i in range(3))
     return seconds
 
 
@@ -118,12 +118,14 @@ def _measure(
 ) -> Iterator[FirstTokenRow]:
     size = requests * tokens * SHAPES[plan.shape].kv_bytes_per_token
     runs: dict[str, list[tuple[float, float, float]]] = {pair.path: [] for pair in pairs}
+    bare_steps: dict[str, list[float]] = {pair.path: [] for pair in pairs}
     for seed in range(plan.repeats + 1):
         for pair in pairs:
             runs[pair.path].append(_hand_over(pair, requests, tokens, seed))
+            bare_steps[pair.path].append(_bare_step(pair, 10 * seed))
     for pair in pairs:
         measured = runs[pair.path][1:]
-        bare = _bare_step(pair, tokens)
+        bare = statistics.median(bare_steps[pair.path])
         beyond = [seconds - bare for seconds, _, _ in measured]
         median = statistics.median(beyond)
         if plan.link is not None and size / median > plan.link:

@@ -70,6 +70,7 @@ def serve(job: SideJob, pipe: Any) -> None:
             break
         name, *arguments = order
         pipe.send(getattr(side, name)(*arguments))
+    side.shutdown()
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,10 @@ class Side:
             layer.random_(-(2**31), 2**31 - 1, generator=generator)
         return self._job.num_blocks
 
+    def shutdown(self) -> None:
+        for half in (self._worker, self._scheduler):
+            half.shutdown()
+
     # -- an engine's steps --
 
     def step(self) -> set[str]:
@@ -219,6 +224,7 @@ class Side:
         missing = {request.request_id for request in requests}
         while missing:
             missing -= self.step()
+            time.sleep(2e-5)  # a handshake runs in another thread, which needs the interpreter too
             if time.perf_counter() - begin > _PULL_SECONDS:
                 raise RuntimeError(f"{len(missing)} of {len(requests)} pulls did not end in {_PULL_SECONDS:.0f} s")
         seconds = time.perf_counter() - begin

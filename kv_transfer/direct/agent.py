@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 _LOCAL = "NIXL_INIT_AGENT"
 _GPU_MEMORY = "VRAM"
+_POLL_SECONDS = 2e-5
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class DirectAgent:
         self._copier = copier
         self._lists: dict[Any, _List] = {}
         self._peers: dict[str, list[Mapping]] = {}
+        self._under_way: list[PageTransfer] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._nixl, name)
@@ -139,7 +142,15 @@ class DirectAgent:
         handle.transfer = self._copier.start(
             handle.sources, handle.source_ids, handle.destinations, handle.destination_ids
         )
+        self._under_way.append(handle.transfer)
         return "PROC"
+
+    def settle(self, seconds: float) -> None:
+        """Waits until no direct read is under way, but not longer than that."""
+        deadline = time.perf_counter() + seconds
+        while self._under_way and time.perf_counter() < deadline:
+            self._under_way = [transfer for transfer in self._under_way if not transfer.is_done()]
+            time.sleep(_POLL_SECONDS)
 
     def check_xfer_state(self, handle: Any) -> str:
         if not isinstance(handle, DirectRead):
@@ -147,6 +158,7 @@ class DirectAgent:
         assert handle.transfer is not None
         if not handle.transfer.is_done():
             return "PROC"
+        self._under_way = [transfer for transfer in self._under_way if transfer is not handle.transfer]
         self._notify(handle)
         return "DONE"
 

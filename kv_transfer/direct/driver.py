@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 _LAZY_ENABLE_PEER_ACCESS = 1
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 
 
 class DriverError(RuntimeError):
@@ -60,6 +61,45 @@ def _call(name: str, *arguments: object) -> None:
         text = ctypes.c_char_p()
         _library().cuGetErrorName(status, ctypes.byref(text))
         raise DriverError(f"{name}: {text.value.decode() if text.value else status}")
+
+
+class Kernel:
+    """A kernel on the current device, from PTX."""
+
+    def __init__(self, ptx: bytes, name: str, shared_bytes: int) -> None:
+        """Args:
+        shared_bytes: dynamic shared memory of each block.
+
+        Raises:
+            DriverError: this GPU or its driver can't run it.
+        """
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._shared_bytes = shared_bytes
+        _call("cuModuleLoadData", ctypes.byref(self._module), ctypes.c_char_p(ptx))
+        _call("cuModuleGetFunction", ctypes.byref(self._function), self._module, ctypes.c_char_p(name.encode()))
+        _call("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+
+    def launch(self, num_blocks: int, num_threads: int, stream: int, arguments: list[Any]) -> None:
+        """Puts it on a stream.
+
+        Args:
+            arguments: ctypes' values, in the order and of the size of the kernel's parameters.
+
+        Raises:
+            DriverError: it could not be started, or something before it failed.
+        """
+        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        grid, block = (num_blocks, 1, 1), (num_threads, 1, 1)
+        _call(
+            "cuLaunchKernel",
+            self._function,
+            *grid,
+            *block,
+            self._shared_bytes,
+            ctypes.c_void_p(stream),
+            addresses,
+            None,
+        )
 
 
 @contextmanager

@@ -1,10 +1,4 @@
-"""Copies pages between two lists of addresses.
-
-How fast can it be? A page is a layer's block: 64 KiB for 16 tokens, 8 KV heads of 128, bf16, and 8,192 tokens of 32
-layers are 16,384 of them, 1.07 GB: 2.4 ms at the 450 GB/s that NVLink gives an H200 in one direction. A read from the
-other GPU takes 1 to 2 us, so 450 to 900 KB must be under way at any time. A program reads a tile before it writes it;
-32 programs with tiles of 32 KiB have 1 MiB under way and leave the other multiprocessors to the model.
-"""
+"""Copies pages between two lists of addresses, with Triton; see launch.py."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ class PageList:
         self.addresses: npt.NDArray[np.uint64] = columns[:, 0].copy()
         self.lengths: npt.NDArray[np.uint64] = columns[:, 1].copy()
         self._table: Any = None
+        self._is_uniform = bool((self.lengths == self.lengths[:1]).all())
 
     def mapped(self, mappings: Iterable[Mapping]) -> PageList:
         """The same pages by their addresses in this process.
@@ -55,9 +56,7 @@ class PageList:
             raise UnreachableError(
                 f"{np.count_nonzero(~found)} of {len(found)} pages lie in memory that was not shared"
             )
-        moved = PageList.__new__(PageList)
-        moved.addresses, moved.lengths, moved._table = addresses, self.lengths, None
-        return moved
+        return PageList(np.stack((addresses, self.lengths), axis=1))
 
     def check_alignment(self) -> None:
         """Raises UnreachableError for pages that don't begin and end where the kernel can read."""
@@ -73,10 +72,9 @@ class PageList:
 
     def by_length(self, ids: Ids) -> Iterator[tuple[int, Any]]:
         """Lengths in bytes, each with the positions in `ids` of its pages."""
-        lengths = self.lengths[ids]
-        distinct = np.unique(lengths)
-        if len(distinct) == 1:
-            yield int(distinct[0]), slice(None)
+        if self._is_uniform:
+            yield int(self.lengths[0]), slice(None)
             return
-        for length in distinct:
+        lengths = self.lengths[ids]
+        for length in np.unique(lengths):
             yield int(length), lengths == length

@@ -51,7 +51,13 @@ def make_path(setting: str, nixl: Any, device: Any) -> DirectPath | NixlPath:
         if wanted is TransferPath.DIRECT:
             raise ValueError(f"{SETTING}=direct needs KV caches in the memory of CUDA GPUs; leave it at auto")
         return NixlPath(nixl)
-    return DirectPath(nixl, device, wanted is TransferPath.DIRECT)
+    try:
+        return DirectPath(nixl, PageCopier(device), wanted is TransferPath.DIRECT)
+    except Exception as error:  # as below
+        if wanted is TransferPath.DIRECT:
+            raise ValueError(f"{SETTING}=direct can't be had on this GPU: {error}") from error
+        logger.warning("KV transfer goes through NIXL, since this GPU can't copy pages itself: %s", error)
+        return NixlPath(nixl)
 
 
 class NixlPath:
@@ -66,15 +72,18 @@ class NixlPath:
     def connect(self, host: str, port: int, agents: dict[tuple[int, int], str]) -> None:
         """Nothing to connect."""
 
+    def settle(self, seconds: float) -> None:
+        """NIXL's reads are not waited for."""
+
 
 class DirectPath:
     """Straight from peers on this host whose memory can be mapped; through NIXL from all others."""
 
-    def __init__(self, nixl: Any, device: Any, required: bool) -> None:
+    def __init__(self, nixl: Any, copier: PageCopier, required: bool) -> None:
         """Args:
         required: a peer that can't be reached directly is no peer.
         """
-        self._copier = PageCopier(device)
+        self._copier = copier
         self._required = required
         self._kept: Any = None
         self.agent = DirectAgent(nixl, self._copier)
@@ -115,6 +124,10 @@ class DirectPath:
                 *(pp_rank, tp_rank, host, port, offer.gpu, driver.gpu_uuid(self._copier.device)),
                 (time.perf_counter() - started) * 1e3,
             )
+
+    def settle(self, seconds: float) -> None:
+        """See DirectAgent.settle."""
+        self.agent.settle(seconds)
 
     def _open(self, agent: str, offer: Offer) -> None:
         if offer.refusal:

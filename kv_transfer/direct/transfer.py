@@ -9,26 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kv_transfer.direct.pages import ALIGNMENT, Ids, PageList
-
-NUM_PROGRAMS = 64
-TILE_BYTES = 32 << 10
-NUM_WARPS = 8
-"""See the kernel for what they must be."""
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    """How the copy is spread over the GPU.
-
-    Attributes:
-        num_programs: multiprocessors that it takes, about.
-        tile_bytes: what a program reads before it writes.
-    """
-
-    num_programs: int = NUM_PROGRAMS
-    tile_bytes: int = TILE_BYTES
-    num_warps: int = NUM_WARPS
+from kv_transfer.direct import driver
+from kv_transfer.direct.launch import BulkShape, TileShape, default_shape
+from kv_transfer.direct.pages import Ids, PageList
 
 
 @dataclass(frozen=True)
@@ -70,9 +53,10 @@ class PageTransfer:
 class PageCopier:
     """Copies pages into one GPU's memory, in the order asked for, beside what the model computes."""
 
-    def __init__(self, device: Any, shape: LaunchShape | None = None) -> None:
+    def __init__(self, device: Any, shape: BulkShape | TileShape | None = None) -> None:
         self.device = torch.device(device)
-        self.shape = shape or LaunchShape()
+        with driver.context(self.device):
+            self._launch = (shape or default_shape(self.device)).load()
         self._stream = torch.cuda.Stream(self.device)
 
     def start(self, sources: PageList, source_ids: Ids, destinations: PageList, destination_ids: Ids) -> PageTransfer:
@@ -93,20 +77,3 @@ class PageCopier:
             end.record(self._stream)
         seconds = time.perf_counter() - started
         return PageTransfer(begin, end, num_bytes, len(source_ids), seconds, (ids, on_gpu))
-
-    def _launch(self, sources: Any, destinations: Any, source_ids: Any, destination_ids: Any, length: int) -> None:
-        from kv_transfer.direct.kernel import WORD_BYTES, copy_pages_kernel  # needs no GPU, but Triton
-
-        tiles_per_page = -(-length // self.shape.tile_bytes)
-        programs = min(self.shape.num_programs, tiles_per_page * len(source_ids))
-        copy_pages_kernel[(programs,)](
-            sources,
-            destinations,
-            source_ids,
-            destination_ids,
-            len(source_ids),
-            length // ALIGNMENT,
-            tiles_per_page,
-            TILE_WORDS=self.shape.tile_bytes // WORD_BYTES,
-            num_warps=self.shape.num_warps,
-        )

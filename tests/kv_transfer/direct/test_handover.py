@@ -16,7 +16,7 @@ from bench.transfer import side as bench_side
 from bench.transfer.side import Side, SideJob
 from kv_transfer.direct import driver, path
 from kv_transfer.direct import offer as offer_module
-from tests.kv_transfer.direct.conftest import HostMemory
+from tests.kv_transfer.direct.conftest import HostMemory, HostTransfer
 
 TOKENS, BLOCK_SIZE, NUM_BLOCKS = 256, 32, 33
 SEEDS = (1, 2)
@@ -82,8 +82,7 @@ class Pair:
 
     def shutdown(self) -> None:
         for side in (self.decode, self.prefill):
-            side._worker.shutdown()
-            side._scheduler.shutdown()
+            side.shutdown()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -218,6 +217,22 @@ def test_a_read_that_is_released_early_is_waited_for(pair: Callable[..., Pair]) 
     worker.nixl_wrapper.transfer(handle)
     worker.nixl_wrapper.release_xfer_handle(handle)
     assert handle.transfer.was_waited_for
+
+
+def test_a_step_with_nothing_to_compute_waits_for_the_copy_and_not_for_long(pair: Callable[..., Pair]) -> None:
+    both = pair("auto")
+    both.hand_over()
+    agent = both.decode._worker.connector_worker._path.agent
+    slow = HostTransfer(1, 1)
+    agent._under_way.append(slow)
+    both.decode.step()
+    assert agent._under_way == [] and slow.num_polls == 3
+    never = HostTransfer(1, 1)
+    never.is_done = lambda: False  # type: ignore[method-assign]
+    agent._under_way.append(never)
+    begin = time.monotonic()
+    both.decode.step()
+    assert agent._under_way == [never] and time.monotonic() - begin < 2
 
 
 def _any_page(handles: dict[int, Any]) -> tuple[Any, list[int]]:

@@ -34,6 +34,7 @@ def test_pages_of_one_length_are_one_launch_and_of_several_one_each() -> None:
     same = pages(*[(i * 64, 64) for i in range(4)])
     assert list(same.by_length(np.array([3, 1], dtype=np.int32))) == [(64, slice(None))]
     mixed = pages((0, 64), (64, 16), (128, 64))
+    assert {length for length, _ in mixed.by_length(np.array([2, 0], dtype=np.int32))} == {64}
     found = {length: chosen.tolist() for length, chosen in mixed.by_length(np.array([2, 1, 0], dtype=np.int32))}
     assert found == {16: [False, True, False], 64: [True, False, True]}
 
