@@ -1,7 +1,7 @@
 """Builds kv_transfer/direct/bulk.ptx from bulk.cu: `python scripts/bulk_ptx.py LIBNVRTC`.
 
-LIBNVRTC is NVRTC's library, as pip installs it with `nvidia-cuda-nvrtc-cu12==12.4.127`; that version's PTX runs on drivers
-from 550 on. The first line names the source that it was built from.
+LIBNVRTC is NVRTC's library, as pip installs it with `nvidia-cuda-nvrtc-cu12==12.4.127`; that version's PTX runs on
+drivers from 550 on. The first line names the source that it was built from.
 """
 
 from __future__ import annotations

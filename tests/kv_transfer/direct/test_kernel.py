@@ -1,9 +1,11 @@
-"""The kernel's arithmetic, on Triton's interpreter: it runs on the host and reads the host's memory."""
+"""The arithmetic of Triton's kernel, on its interpreter: it runs on the host and reads the host's memory."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +46,11 @@ def test_exactly_the_named_pages_are_copied(kernel: Any, page_bytes: int, num_pr
         TILE_WORDS=TILE_BYTES // 4,
     )
     assert torch.equal(destination, expected)
+
+
+def test_the_bulk_kernel_was_built_from_its_source() -> None:
+    import kv_transfer.direct
+
+    folder = Path(kv_transfer.direct.__file__).parent
+    built_from = hashlib.sha256((folder / "bulk.cu").read_bytes()).hexdigest()
+    assert built_from in (folder / "bulk.ptx").read_text().splitlines()[0], "run scripts/bulk_ptx.py"
