@@ -26,7 +26,7 @@ logger = init_logger(f"vllm.{__name__}")
 SETTING = "kv_transfer_path"
 """Key in `kv_connector_extra_config`."""
 
-_HANDSHAKE_SECONDS = 5.0
+_HANDSHAKE_SECONDS = 1.0
 
 
 class TransferPath(StrEnum):
