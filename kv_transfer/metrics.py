@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
-
+from kv_transfer.direct.metrics import PathMetrics, PathStats
 from kv_transfer.metadata import TransferRecord
 
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Seconds: from a few pages over shared memory to a long prompt over a slow network."""
 
 
-class TransferStats(NixlKVConnectorStats):
+class TransferStats(PathStats):
     """vLLM's NIXL statistics and, for each finished pull, its rank, seconds and bytes, as three lists of equal
     length."""
 
     def reset(self) -> None:
         super().reset()
-        self.data.update({"pull_rank": [], "pull_seconds": [], "pull_bytes": [], "transfer_path": []})
-
-    def record_transfer(self, res: Any) -> None:
-        super().record_transfer(res)
-        if res is not None:  # vLLM's other lists have one item for it, too
-            self.data["transfer_path"].append(getattr(res, "path", "nixl"))
+        self.data.update({"pull_rank": [], "pull_seconds": [], "pull_bytes": []})
 
     def record_pull(self, record: TransferRecord) -> None:
         self.data["pull_rank"].append(record.rank)
@@ -34,7 +28,7 @@ class TransferStats(NixlKVConnectorStats):
         return bool(super().is_empty()) and not self.data["pull_rank"]
 
 
-class TransferMetrics(NixlPromMetrics):
+class TransferMetrics(PathMetrics):
     """`kv_transfer_duration_seconds` and `tknp_kv_transfer_bytes_total` by rank, beside vLLM's `vllm:nixl_*`."""
 
     def __init__(
@@ -57,16 +51,6 @@ class TransferMetrics(NixlPromMetrics):
             documentation="Bytes of KV cache that a token-parallel rank has pulled from prefill engines.",
             labelnames=labels,
         )
-        self._path_bytes = self._counter_cls(
-            name="tknp_kv_transfer_path_bytes",
-            documentation="Bytes of KV cache pulled, by the path they took: direct (between GPUs of a host) or nixl.",
-            labelnames=[*labelnames, "path"],
-        )
-        self._path_seconds = self._counter_cls(
-            name="tknp_kv_transfer_path_seconds",
-            documentation="Seconds that transfers took on a path; those at the same time count each.",
-            labelnames=[*labelnames, "path"],
-        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         super().observe(transfer_stats_data, engine_idx)
@@ -79,11 +63,3 @@ class TransferMetrics(NixlPromMetrics):
         ):
             self._duration.labels(*values, str(rank)).observe(seconds)
             self._bytes.labels(*values, str(rank)).inc(kv_bytes)
-        for path, seconds, num_bytes in zip(
-            transfer_stats_data["transfer_path"],
-            transfer_stats_data["transfer_duration"],
-            transfer_stats_data["bytes_transferred"],
-            strict=True,
-        ):
-            self._path_bytes.labels(*values, path).inc(num_bytes)
-            self._path_seconds.labels(*values, path).inc(seconds)

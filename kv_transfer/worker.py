@@ -8,14 +8,13 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from kv_transfer.direct.path import SETTING, TransferPath, make_path
+from kv_transfer.direct.path import choose_path
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
 from tknp.common.partition import RankPlace, get_place
@@ -57,12 +56,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             os.sched_setaffinity(0, affinity)
         if not vllm_config.kv_transfer_config.get_from_extra_config("progress_thread", not on_host):
             self._drop_progress_thread(vllm_config)
-        in_gpu_memory = current_platform.is_cuda() and not self.use_host_buffer
-        self._path = make_path(
-            vllm_config.kv_transfer_config.get_from_extra_config(SETTING, TransferPath.AUTO),
-            self.nixl_wrapper,
-            torch.device("cuda", torch.cuda.current_device()) if in_gpu_memory else None,
-        )
+        self._path = choose_path(vllm_config, self.nixl_wrapper, self.use_host_buffer)
         self.nixl_wrapper = self._path.agent
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0

@@ -13,6 +13,7 @@ import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG, NixlHandshakePayload
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import zmq_ctx
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.network_utils import make_zmq_path
 
 from kv_transfer.direct import driver
@@ -35,6 +36,13 @@ class TransferPath(StrEnum):
     AUTO = "auto"  # direct where it works
     DIRECT = "direct"  # or the handshake fails
     NIXL = "nixl"
+
+
+def choose_path(vllm_config: Any, nixl: Any, uses_host_buffer: bool) -> DirectPath | NixlPath:
+    """The way for this process's worker. Raises ValueError as `make_path`."""
+    setting = vllm_config.kv_transfer_config.get_from_extra_config(SETTING, TransferPath.AUTO)
+    is_on_gpu = current_platform.is_cuda() and not uses_host_buffer
+    return make_path(setting, nixl, torch.device("cuda", torch.cuda.current_device()) if is_on_gpu else None)
 
 
 def make_path(setting: str, nixl: Any, device: Any) -> DirectPath | NixlPath:

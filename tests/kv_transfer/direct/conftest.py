@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer import worker as kv_worker
 from kv_transfer.direct import agent, driver, path
 from kv_transfer.direct.driver import Segment
 from kv_transfer.direct.pages import Ids, PageList
@@ -80,7 +79,7 @@ class HostMemory:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostMemory]:
     memory = HostMemory()
     make_path = path.make_path
-    monkeypatch.setattr(kv_worker, "make_path", lambda setting, nixl, _: make_path(setting, nixl, "cpu"))
+    monkeypatch.setattr(path, "make_path", lambda setting, nixl, _: make_path(setting, nixl, "cpu"))
     monkeypatch.setattr(path, "PageCopier", HostCopier)
     monkeypatch.setattr(agent, "_GPU_MEMORY", "DRAM")
     monkeypatch.setattr(driver, "context", lambda device: nullcontext())
