@@ -38,11 +38,13 @@ class Served:
         except EOFError:
             raise RuntimeError(f"the {self._name} ended; its output says why") from None
 
-    def end(self) -> None:
-        """Tells it to end, and sees to it."""
+    def tell_to_end(self) -> None:
         with suppress(OSError):  # it has ended already
             self._pipe.send(None)
-            self._process.join(20)
+
+    def end(self) -> None:
+        """Waits for the end, but not for long."""
+        self._process.join(10)
         self._process.kill()
         self._process.join(10)
 
@@ -55,5 +57,7 @@ def ready(*served: Served) -> Iterator[None]:
             one.wait_until_ready()
         yield
     finally:
+        for one in served:
+            one.tell_to_end()
         for one in served:
             one.end()
