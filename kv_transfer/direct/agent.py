@@ -72,7 +72,9 @@ class DirectAgent:
 
     def get_xfer_descs(self, descs: Any, mem_type: str | None = None) -> Any:
         native = self._nixl.get_xfer_descs(descs, mem_type)
-        return _Descriptors(native, PageList(descs)) if mem_type == _GPU_MEMORY else native
+        # vLLM gives its caches as arrays, and what is no cache otherwise.
+        is_cache = mem_type == _GPU_MEMORY and isinstance(descs, np.ndarray)
+        return _Descriptors(native, PageList(descs)) if is_cache else native
 
     def prep_xfer_dlist(self, agent_name: str, xfer_list: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(xfer_list, _Descriptors):
