@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ class DirectAgent:
         self._lists: dict[Any, _List] = {}
         self._peers: dict[str, list[Mapping]] = {}
         self._under_way: list[PageTransfer] = []
+        self._changing = threading.Lock()  # what is mapped, or read from it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._nixl, name)
@@ -102,13 +104,31 @@ class DirectAgent:
                 reachable.check_alignment()
                 reachable.table(self._copier.device)
                 reached[id(prepared)] = (prepared, reachable)
-        for prepared, reachable in reached.values():
-            prepared.reachable = reachable
-        self._peers[peer] = mappings
+        with self._changing:
+            for prepared, reachable in reached.values():
+                prepared.reachable = reachable
+            self._peers[peer] = mappings
+
+    def is_connected(self, peer: str) -> bool:
+        return peer in self._peers
+
+    def disconnect(self, peer: str) -> None:
+        """Unmaps what was mapped of the peer, if anything, once nothing reads it. For all threads."""
+        with self._changing:
+            mappings = self._peers.pop(peer, None)
+            if mappings is None:
+                return
+            for prepared in list(self._lists.values()):
+                if prepared.agent == peer:
+                    prepared.reachable = None
+            for transfer in list(self._under_way):
+                transfer.wait()
+            with driver.context(self._copier.device):
+                for mapping in mappings:
+                    driver.close_segment(mapping.address)
 
     def remove_remote_agent(self, agent: str) -> None:
-        for mapping in self._peers.pop(agent, ()):
-            driver.close_segment(mapping.address)
+        self.disconnect(agent)
         self._nixl.remove_remote_agent(agent)
 
     # -- reads --
@@ -141,10 +161,13 @@ class DirectAgent:
     def transfer(self, handle: Any, *args: Any, **kwargs: Any) -> str:
         if not isinstance(handle, DirectRead):
             return str(self._nixl.transfer(handle, *args, **kwargs))
-        handle.transfer = self._copier.start(
-            handle.sources, handle.source_ids, handle.destinations, handle.destination_ids
-        )
-        self._under_way.append(handle.transfer)
+        with self._changing:
+            if handle.peer not in self._peers:
+                raise RuntimeError(f"the prefill worker {handle.peer} is gone")
+            handle.transfer = self._copier.start(
+                handle.sources, handle.source_ids, handle.destinations, handle.destination_ids
+            )
+            self._under_way.append(handle.transfer)
         return "PROC"
 
     def settle(self, seconds: float) -> None:

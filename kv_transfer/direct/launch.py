@@ -32,9 +32,9 @@ class BulkShape:
         num_blocks: each takes a multiprocessor's shared memory, and nothing else of it.
     """
 
-    num_blocks: int = 32
-    chunk_bytes: int = 16 << 10
-    num_stages: int = 8
+    num_blocks: int = 8
+    chunk_bytes: int = 32 << 10
+    num_stages: int = 6
 
     def load(self) -> Launch:
         """For the current device."""

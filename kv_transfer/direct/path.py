@@ -21,6 +21,7 @@ from kv_transfer.direct.agent import DirectAgent
 from kv_transfer.direct.offer import Offer, boot_id, make_offer, read_offer, with_offer
 from kv_transfer.direct.pages import Mapping, PageList, UnreachableError
 from kv_transfer.direct.transfer import PageCopier
+from kv_transfer.direct.watch import watch
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -132,6 +133,16 @@ class DirectPath:
                 *(pp_rank, tp_rank, host, port, offer.gpu, driver.gpu_uuid(self._copier.device)),
                 (time.perf_counter() - started) * 1e3,
             )
+        self._watch(make_zmq_path("tcp", host, port), list(agents.values()))
+
+    def _watch(self, address: str, agents: list[str]) -> None:
+        def let_go() -> None:
+            logger.warning("the prefill engine at %s is gone; its KV cache is not mapped any more", address)
+            for agent in agents:
+                self.agent.disconnect(agent)
+
+        if any(map(self.agent.is_connected, agents)):
+            watch(address, lambda: any(map(self.agent.is_connected, agents)), let_go)
 
     def settle(self, seconds: float) -> None:
         """See DirectAgent.settle."""

@@ -64,7 +64,9 @@ class PageCopier:
         destination may be written by anybody else until it is done."""
         started = time.perf_counter()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            ids = torch.from_numpy(np.stack((source_ids, destination_ids)).astype(np.int32, copy=False)).pin_memory()
+            ids = torch.empty((2, len(source_ids)), dtype=torch.int32, pin_memory=True)
+            # By numpy: torch wakes a thread per core to copy more than 32,768 of them, which takes 4 ms on 64 cores.
+            np.stack((source_ids, destination_ids), out=ids.numpy())
             on_gpu = ids.to(self.device, non_blocking=True)
             tables = sources.table(self.device), destinations.table(self.device)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

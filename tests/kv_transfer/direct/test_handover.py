@@ -16,6 +16,7 @@ from bench.transfer import side as bench_side
 from bench.transfer.side import Side, SideJob
 from kv_transfer.direct import driver, path
 from kv_transfer.direct import offer as offer_module
+from kv_transfer.direct.agent import DirectRead
 from tests.kv_transfer.direct.conftest import HostMemory, HostTransfer
 
 TOKENS, BLOCK_SIZE, NUM_BLOCKS = 256, 32, 33
@@ -204,6 +205,23 @@ def test_memory_that_cannot_be_shared_keeps_nobody_from_starting(
     both = pair("auto")
     assert both.hand_over() == 0
     assert both.paths == ["nixl"]
+
+
+def test_the_memory_of_an_engine_that_is_gone_is_let_go(pair: Callable[..., Pair], gpu: HostMemory) -> None:
+    """Without that, an engine in its place would find the GPU full."""
+    both = pair("auto")
+    both.hand_over()
+    assert gpu.num_open > 0
+    both.prefill._scheduler.shutdown()  # ends its side channel, as its death would
+    deadline = time.monotonic() + 20
+    while gpu.num_open and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gpu.num_open == 0
+    worker = both.decode._worker.connector_worker
+    handle = worker.nixl_wrapper.make_prepped_xfer(
+        "READ", *_any_page(worker.src_xfer_handles_by_block_size), *_any_page(*worker.dst_xfer_side_handles.values())
+    )
+    assert not isinstance(handle, DirectRead), "what comes now is NIXL's to refuse"
 
 
 def test_a_read_that_is_released_early_is_waited_for(pair: Callable[..., Pair]) -> None:
