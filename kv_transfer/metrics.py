@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
-
+from kv_transfer.direct.metrics import PathMetrics, PathStats
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import TransferRecord
 
@@ -14,7 +13,7 @@ DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 _OWN = ("pull_rank", "pull_seconds", "pull_bytes", "stale_rank", "stale_reason", "retry_rank")
 
 
-class TransferStats(NixlKVConnectorStats):
+class TransferStats(PathStats):
     """vLLM's NIXL statistics and, for each finished pull, its rank, seconds and bytes, as three lists of equal
     length; so too the rank and the reason of each offer that was not used."""
 
@@ -38,7 +37,7 @@ class TransferStats(NixlKVConnectorStats):
         return bool(super().is_empty()) and not any(self.data[name] for name in _OWN)
 
 
-class TransferMetrics(NixlPromMetrics):
+class TransferMetrics(PathMetrics):
     """`kv_transfer_duration_seconds` and `tknp_kv_transfer_*` by rank, beside vLLM's `vllm:nixl_*`."""
 
     def __init__(

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 from kv_transfer import checksums
 from kv_transfer.agent import make_agent
+from kv_transfer.direct.path import choose_path
 from kv_transfer.handshakes import HandshakeExecutor
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
@@ -37,6 +38,10 @@ _HANDSHAKE_SECONDS = 15.0
 """After which requests that wait for a prefill engine's handshake compute their prompts (`handshake_seconds`)."""
 _WARM_UP_SECONDS = 1.0
 _SCRATCH_BYTES = 64
+
+_IDLE_WAIT_SECONDS = 0.005
+"""How long a step that has nothing to compute waits for copies between GPUs, which take milliseconds. vLLM's engine
+sleeps 1 ms before it asks again (v1/engine/core.py, _process_engine_step)."""
 
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
@@ -66,7 +71,8 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         if rest := extra("progress_rest_us", _PROGRESS_REST_MICROSECONDS if on_host else 0):
             # Nothing is registered with the first agent yet, so it can be replaced.
             self.nixl_wrapper = make_agent(self.nixl_backends, extra("num_threads", 4), rest)
-        agent: Any = QuietReads(self.nixl_wrapper)
+        self._path = choose_path(vllm_config, self.nixl_wrapper, self.use_host_buffer)
+        agent: Any = QuietReads(self._path.agent)
         self.nixl_wrapper = agent
         self._checks = LeaseChecks(agent, needs_checksums=checksums.is_on())
         self._sum_table: checksums.ChecksumTable | None = None
@@ -112,6 +118,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self._registered_descs.append(descs)
         super().register_kv_caches(kv_caches)
         payload = HandshakePayload(**vars(self.xfer_handshake_metadata), lease_table=tuple(table))
+        self._path.offer(kv_caches, payload)
         self.xfer_handshake_metadata: Any = payload
 
     def _prepare_checksums(self, kv_caches: Any) -> list[tuple[int, int, int, str]]:
@@ -155,6 +162,13 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             time.sleep(0.001)
         self.nixl_wrapper.release_xfer_handle(handle)
 
+    def _nixl_handshake(
+        self, host: str, port: int, *args: Any, **kwargs: Any
+    ) -> tuple[dict[tuple[int, int], str], float]:
+        agents, clock_offset = super()._nixl_handshake(host, port, *args, **kwargs)
+        self._path.connect(host, port, agents)
+        return agents, clock_offset
+
     def start_load_kv(self, metadata: TokenParallelConnectorMetadata) -> None:
         now = time.time()
         base = 0 if self._place is None else self._place.base
@@ -188,8 +202,10 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
                     self._lease_table.mark_ready(slot)
             else:  # it was read to its end before this worker heard that it was kept
                 self._lease_table.end(slot)
-        if metadata.idle and self._idle_pause:
-            time.sleep(self._idle_pause)
+        if metadata.idle:
+            self._path.settle(_IDLE_WAIT_SECONDS)
+            if self._idle_pause:
+                time.sleep(self._idle_pause)
 
     def _read_blocks_for_req(self, req_id: str, meta: _OwnPull) -> None:
         self._reading = meta  # the request whose reads are posted now
