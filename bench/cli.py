@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,3 +88,46 @@ def router(
             output.write_text(json.dumps(record(known.results, known.environment), indent=1) + "\n")
 
     typer.echo(table(rows(compare(plan, typer.echo, keep).results)))
+
+
+@app.command()
+def transfer(
+    path: Annotated[
+        list[str], typer.Option(help="stock: vLLM's NixlConnector; nixl, direct: ours, on these paths.")
+    ] = ["stock", "direct"],  # noqa: B006 - typer reads it
+    shape: Annotated[str, typer.Option(help="tiny, 8b, 8b-2kv or 32b-2kv: sizes of the KV cache.")] = "8b",
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block; the CPU needs multiples of 32.")] = 16,
+    case: Annotated[
+        list[str],
+        typer.Option(help="Requests x tokens of each; give it several times.", show_default="1x8192, 1x32768, 8x8192"),
+    ] = [],  # noqa: B006
+    devices: Annotated[str, typer.Option(help="CUDA devices of prefill and decode side, or cpu.")] = "0,1",
+    repeats: Annotated[int, typer.Option(min=1, help="Transfers of each case; medians are kept.")] = 7,
+    link: Annotated[float, typer.Option(help="GB/s one way, which nothing can beat; 0 to believe any result.")] = 450.0,
+    engines: Annotated[
+        bool, typer.Option("--engines", help="Real engines with random weights, and the time to their first token.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+) -> None:
+    """KV from one engine to another: vLLM's connector and ours."""
+    from bench.decode import environment
+    from bench.transfer.compare import CASES, Plan, compare, table
+    from bench.transfer.first_token import compare_first_tokens, first_token_table
+
+    plan = Plan(
+        paths=tuple(path),
+        shape=shape,
+        block_size=block_size,
+        cases=tuple((int(requests), int(tokens)) for requests, tokens in (one.split("x") for one in case)) or CASES,
+        devices=None if devices == "cpu" else tuple(map(int, devices.split(","))),  # type: ignore[arg-type]
+        repeats=repeats,
+        link=link * 1e9 or None,
+    )
+    rows: list[Any] = []
+    for row in compare_first_tokens(plan, typer.echo) if engines else compare(plan, typer.echo):
+        rows.append(row)
+        if output is not None:  # after each row, so that an interrupted run leaves what it had
+            output.parent.mkdir(parents=True, exist_ok=True)
+            record = {"environment": environment(), "rows": [vars(row) for row in rows]}
+            output.write_text(json.dumps(record, indent=1) + "\n")
+    typer.echo(first_token_table(rows) if engines else table(rows))

@@ -39,6 +39,12 @@ class TokenParallelKVConnector(NixlPullConnector):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         # Past NixlPullConnector's own, which would make vLLM's two halves.
         NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        num_stages = vllm_config.parallel_config.pipeline_parallel_size
+        if num_stages > 1 and vllm_config.kv_transfer_config.is_kv_producer:
+            raise ValueError(
+                f"a prefill engine can't be a pipeline of {num_stages} stages, since decode engines read from one; use "
+                "--tensor-parallel-size instead of --pipeline-parallel-size"
+            )
         self._tensor_parallel_size: int = vllm_config.parallel_config.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
@@ -52,10 +58,20 @@ class TokenParallelKVConnector(NixlPullConnector):
     def build_connector_worker_meta(self) -> TransferReport | None:
         return None if self.connector_worker is None else self.connector_worker.take_report()
 
+    def get_kv_connector_stats(self) -> Any:
+        if self.connector_scheduler is not None:
+            return self.connector_scheduler.take_stats()
+        return super().get_kv_connector_stats()
+
     def release_lease(self, lease_id: str) -> None:
         """On a prefill worker: see TokenParallelConnectorWorker.release_lease."""
         assert self.connector_worker is not None
         self.connector_worker.release_lease(lease_id)
+
+    def connect_peer(self, engine_id: str, host: str, port: int, tp_size: int, dcp_size: int, pp_size: int) -> None:
+        """On a decode worker: connects to a prefill engine, in the background, ahead of the first request for it."""
+        assert self.connector_worker is not None
+        self.connector_worker._ensure_handshake(engine_id, host, port, tp_size, dcp_size, pp_size)
 
     @property
     def kv_bytes_received(self) -> int:

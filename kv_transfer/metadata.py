@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
+
+from kv_transfer.identity import Offer
 
 
 @dataclass(frozen=True)
@@ -17,28 +20,42 @@ class Pull:
         owner: token-parallel rank whose cache the blocks belong to.
         num_readers: how often the offered KV will be read, once for each of the `n` sequences of the client's request;
             the prefill engine frees its blocks after the last.
+        offer: what is to be checked when the KV cache has arrived; None if a stock prefill engine offered it.
+        trusted_seconds: of a stock engine's offer, for how long from now on its lease is sure to last.
     """
 
     owner: int
     num_readers: int
+    offer: Offer | None = None
+    trusted_seconds: float | None = None
 
 
 class TokenParallelConnectorMetadata(NixlConnectorMetadata):
     """One step's orders, the same for all workers of the engine."""
 
     def __init__(
-        self, base: NixlConnectorMetadata, pulls: dict[str, Pull], lease_ids: dict[str, str], idle: bool
+        self,
+        base: NixlConnectorMetadata,
+        pulls: dict[str, Pull],
+        lease_ids: dict[str, str],
+        idle: bool,
+        lease_slots: dict[str, int] | None = None,
+        lease_blocks: dict[str, BlockIds] | None = None,
     ) -> None:
         """Args:
         base: vLLM's own, whose content is taken over.
         pulls: by request id, for each of `base.reqs_to_recv`.
         lease_ids: the router's names, by request id, for those of `base.reqs_to_send` that have one.
         idle: nothing is computed in this step; it only polls transfers.
+        lease_slots: by request id, for each of `base.reqs_to_send`; see kv_transfer.identity.
+        lease_blocks: by request id, their blocks by group; only in the test mode of kv_transfer.checksums.
         """
         self.__dict__.update(base.__dict__)
         self.pulls = pulls
         self.lease_ids = lease_ids
         self.idle = idle
+        self.lease_slots = lease_slots or {}
+        self.lease_blocks = lease_blocks or {}
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import OrderedDict
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.logger import init_logger
 
+from kv_transfer import checksums
+from kv_transfer.identity import OFFER_PARAM, LeaseSlots, Offer, prompt_digest
+from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferRecord
+from kv_transfer.metrics import TransferStats
 from tknp.common.partition import get_partition
 
 logger = init_logger(f"vllm.{__name__}")
@@ -22,6 +27,10 @@ LEASE_ID_PARAM = "tknp_lease_id"
 """Key in `kv_transfer_params` of a prefill leg: the router's name for the KV cache that is then kept."""
 
 _CHILD = re.compile(r"\d+_")
+
+_TRUSTED_SHARE = 2 / 3
+"""Of a stock prefill engine's lease, from the request's arrival here: the lease began before that, on the other engine,
+and whether heartbeats reached it, which would renew it, nobody knows."""
 
 _MAX_RECORDS = 4096
 """Transfer records kept for whoever asks; the oldest go first."""
@@ -45,7 +54,17 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._owners: dict[str, int] = {}
         self._names: dict[str, str] = {}
         self._lease_ids: dict[str, str] = {}
+        self._slots = LeaseSlots()
+        self._sums_blocks = checksums.is_on()
+        self._lease_blocks: dict[str, Any] = {}
+        self._refused: set[str] = set()
+        self._trusted_until: dict[str, float] = {}
+        self._stats = TransferStats()
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
+
+    def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
+        self._slots.know(metadata)
+        super().set_xfer_handshake_metadata(metadata)
 
     def on_new_request(self, request: Any) -> None:
         params = request.kv_transfer_params
@@ -54,9 +73,34 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             logger.warning("request %s wants its KV cache kept, which a decode engine does not do", request.request_id)
             request.kv_transfer_params = None
         super().on_new_request(request)
+        if params and params.get("do_remote_prefill"):
+            self._examine(request, params)
+
+    def _examine(self, request: Any, params: dict[str, Any]) -> None:
+        offer = Offer.from_param(params.get(OFFER_PARAM))
+        if offer is None:
+            self._trusted_until[request.request_id] = time.monotonic() + self._kv_lease_duration * _TRUSTED_SHARE
+        elif offer.prompt != prompt_digest(request.prompt_token_ids or ()):
+            self._stats.record_stale(0, Stale.OTHER_PROMPT)
+            self._refuse(request, "it belongs to another prompt")
+        if params.get("pp_size", 1) != 1:
+            # vLLM's pull connector reads from one stage of a pipeline only.
+            self._refuse(request, f"the prefill engine is a pipeline of {params['pp_size']} stages")
+
+    def _refuse(self, request: Any, reason: str) -> None:
+        logger.warning("request %s computes its prompt, whose KV cache is not pulled: %s", request.request_id, reason)
+        self._refused.add(request.request_id)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        if request.request_id in self._refused:
+            # As with a prompt that is all here, the prefill engine is then told that it can let its KV go.
+            return 0, False
+        matched: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        return matched
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
+        self._refused.discard(request.request_id)
         if self._partition is not None and request.request_id in self._reqs_need_recv:
             # Prefix hits are among the blocks, so that a request whose KV is all here already has an owner too.
             owner = self._partition.rank_of_all(b.block_id for group in blocks.blocks for b in group)
@@ -69,15 +113,23 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         for request_id, meta in base.reqs_to_recv.items():
             if any(meta.local_block_ids):
                 self._names[request_id] = str(params[request_id].get(REQUEST_ID_PARAM, request_id))
+            trusted_until = self._trusted_until.pop(request_id, None)
             pulls[request_id] = Pull(
                 # A request that is aborted before it got blocks has none to fill, but exactly one rank must tell the
                 # prefill engine that it can let its KV go: the root.
                 owner=self._owners.pop(request_id, 0),
                 num_readers=_num_readers(request_id, params[request_id]),
+                offer=Offer.from_param(params[request_id].get(OFFER_PARAM)),
+                trusted_seconds=None if trusted_until is None else trusted_until - time.monotonic(),
             )
         lease_ids, self._lease_ids = self._lease_ids, {}
         return TokenParallelConnectorMetadata(
-            base, pulls, lease_ids, idle=scheduler_output.total_num_scheduled_tokens == 0
+            base,
+            pulls,
+            lease_ids,
+            idle=scheduler_output.total_num_scheduled_tokens == 0,
+            lease_slots={r: self._slots.slot_of(r) for r in base.reqs_to_send},
+            lease_blocks={r: self._lease_blocks.pop(r, ()) for r in base.reqs_to_send} if self._sums_blocks else None,
         )
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -92,11 +144,27 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
                 self.records.popitem(last=False)
         for request_id in connector_output.finished_recving or ():
             self._names.pop(request_id, None)
+        self._slots.end(connector_output.finished_sending or ())
+
+    def take_stats(self) -> TransferStats:
+        """What this half has counted since the last call."""
+        taken: TransferStats = self._stats.clone_and_reset()
+        return taken
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        self._owners.pop(request.request_id, None)
-        lease_id = (request.kv_transfer_params or {}).get(LEASE_ID_PARAM)
+        request_id = request.request_id
+        self._owners.pop(request_id, None)
+        self._refused.discard(request_id)
+        self._trusted_until.pop(request_id, None)
+        wanted = request.kv_transfer_params or {}
+        if wanted.get("do_remote_decode") and not self._slots.has_room:
+            logger.warning("request %s: its KV cache is not kept, since %d others are", request_id, len(self._slots))
+            request.kv_transfer_params = None
         is_kept, params = super().request_finished(request, block_ids)
-        if is_kept and isinstance(lease_id, str):
-            self._lease_ids[request.request_id] = lease_id
+        if is_kept and params is not None:
+            params[OFFER_PARAM] = self._slots.take(request_id, request.prompt_token_ids or ()).to_param()
+            if self._sums_blocks:
+                self._lease_blocks[request_id] = params["remote_block_ids"]
+            if isinstance(lease_id := wanted.get(LEASE_ID_PARAM), str):
+                self._lease_ids[request_id] = lease_id
         return is_kept, params

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from kv_transfer import checksums
+from kv_transfer.agent import make_agent
+from kv_transfer.direct.path import choose_path
+from kv_transfer.handshakes import HandshakeExecutor
+from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
+from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
 from tknp.common.partition import RankPlace, get_place
@@ -25,6 +31,18 @@ _IDLE_PAUSE_SECONDS = 0.001
 lease is pending (v1/core/sched/scheduler.py, has_finished_requests), which would take a core from whoever
 computes."""
 
+_PROGRESS_REST_MICROSECONDS = 1_000
+"""On CPU, how long NIXL's progress thread waits for an event (`progress_rest_us`)."""
+
+_HANDSHAKE_SECONDS = 15.0
+"""After which requests that wait for a prefill engine's handshake compute their prompts (`handshake_seconds`)."""
+_WARM_UP_SECONDS = 1.0
+_SCRATCH_BYTES = 64
+
+_IDLE_WAIT_SECONDS = 0.005
+"""How long a step that has nothing to compute waits for copies between GPUs, which take milliseconds. vLLM's engine
+sleeps 1 ms before it asks again (v1/engine/core.py, _process_engine_step)."""
+
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
 aborted."""
@@ -32,9 +50,11 @@ aborted."""
 
 @dataclass
 class _OwnPull(ReqMeta):
-    """One of this rank's orders; see `Pull.num_readers`."""
+    """One of this rank's orders; see `Pull`."""
 
     num_readers: int = 1
+    offer: Offer | None = None
+    trusted_until: float = math.inf  # by time.monotonic()
 
 
 class TokenParallelConnectorWorker(NixlPullConnectorWorker):
@@ -47,34 +67,107 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         if on_host:
             # vLLM pins this thread, which also computes, to the last core of each NUMA node, where all engines meet.
             os.sched_setaffinity(0, affinity)
-        if not vllm_config.kv_transfer_config.get_from_extra_config("progress_thread", not on_host):
-            self._drop_progress_thread(vllm_config)
+        extra = vllm_config.kv_transfer_config.get_from_extra_config
+        if rest := extra("progress_rest_us", _PROGRESS_REST_MICROSECONDS if on_host else 0):
+            # Nothing is registered with the first agent yet, so it can be replaced.
+            self.nixl_wrapper = make_agent(self.nixl_backends, extra("num_threads", 4), rest)
+        self._path = choose_path(vllm_config, self.nixl_wrapper, self.use_host_buffer)
+        agent: Any = QuietReads(self._path.agent)
+        self.nixl_wrapper = agent
+        self._checks = LeaseChecks(agent, needs_checksums=checksums.is_on())
+        self._sum_table: checksums.ChecksumTable | None = None
+        self._sum_reader: checksums.ChecksumReader | None = None
+        self._lease_table = LeaseTable()
+        self._lease_slots: dict[str, int] = {}
+        self._scratch = np.zeros(_SCRATCH_BYTES, dtype=np.uint8)
+        vllm_executor: Any = self._handshake_initiation_executor
+        vllm_executor.shutdown(wait=False)
+        self._handshake_initiation_executor: Any = HandshakeExecutor(
+            extra("handshake_seconds", _HANDSHAKE_SECONDS),
+            lambda: self.xfer_stats.record_retry(self.rank),
+            self._warm_up if on_host else lambda *_: None,
+        )
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
-        self._num_readers = 1
+        self._reading = _OwnPull((), (), 1)
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, tuple[int, int]] = {}
         self._ended: dict[str, TransferRecord] = {}
         self._lease_ids: dict[str, str] = {}
         self._released: dict[str, float] = {}
-        self.xfer_stats = TransferStats()
+        self.xfer_stats: TransferStats = TransferStats()
         self.kv_bytes_received = 0
         """Bytes of KV that this worker has pulled since it started."""
-
-    def _drop_progress_thread(self, vllm_config: Any) -> None:
-        # NIXL's progress thread polls without pause, one core per worker. Without it UCX makes progress when the
-        # engine steps, which it does while anything is pending. Nothing is registered with the first agent yet, so it
-        # can be replaced.
-        num_threads = vllm_config.kv_transfer_config.get_from_extra_config("num_threads", 4)
-        config = nixl_agent_config(
-            enable_prog_thread=False, num_threads=num_threads, backends=self.nixl_backends, capture_telemetry=True
-        )
-        self.nixl_wrapper = NixlWrapper(str(uuid.uuid4()), config)
 
     @property
     def rank(self) -> int:
         """Token-parallel rank; 0 in an engine without token parallelism."""
         return 0 if self._place is None else self._place.rank
+
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        # Before vLLM does, since what it then tells other engines is all that is registered.
+        scratch = (self._scratch.ctypes.data, self._scratch.nbytes, 0, "")
+        regions = [self._lease_table.region, self._checks.region, scratch]
+        table = [self._lease_table.rows.ctypes.data, self._lease_table.epoch]
+        if checksums.is_on():
+            regions += self._prepare_checksums(kv_caches)
+            assert self._sum_table is not None
+            table += [self._sum_table.rows.ctypes.data, self._sum_table.num_heads]
+        descs = self.nixl_wrapper.get_reg_descs(regions, "DRAM")
+        self.nixl_wrapper.register_memory(descs, backends=self.nixl_backends)
+        self._registered_descs.append(descs)
+        super().register_kv_caches(kv_caches)
+        payload = HandshakePayload(**vars(self.xfer_handshake_metadata), lease_table=tuple(table))
+        self._path.offer(kv_caches, payload)
+        self.xfer_handshake_metadata: Any = payload
+
+    def _prepare_checksums(self, kv_caches: Any) -> list[tuple[int, int, int, str]]:
+        """Tables for both sides; the regions to register.
+
+        Raises:
+            NotImplementedError: the KV cache is not of the kind that the test mode knows.
+        """
+        is_plain = all(cache.ndim == 4 and cache.is_contiguous() for cache in kv_caches.values())
+        is_whole = self._physical_blocks_per_logical_kv_block == 1 and self.dcp_size == 1
+        if not (is_plain and is_whole) or self.use_mla or self._has_mamba:
+            raise NotImplementedError(
+                f"{checksums.VARIABLE} knows plain attention with whole blocks only; leave it unset for this model"
+            )
+        groups = [[kv_caches[name] for name in sorted(g.layer_names)] for g in self.kv_cache_config.transfer_groups]
+        self._sum_table = checksums.ChecksumTable(groups)
+        num_rows = self.model_config.max_model_len // checksums.SMALLEST_BLOCK + 1
+        self._sum_reader = checksums.ChecksumReader(
+            self.nixl_wrapper, groups, self._first_head(self.tp_rank, self.world_size), num_rows
+        )
+        return [
+            (self._sum_table.rows.ctypes.data, self._sum_table.rows.nbytes, 0, ""),
+            self._sum_reader.region,
+        ]
+
+    def _first_head(self, rank: int, tensor_parallel_size: int) -> int:
+        return int(rank * self.model_config.get_total_num_kv_heads() // tensor_parallel_size)
+
+    def _warm_up(self, engine_id: str, worker: tuple[int, int], agent_name: str) -> None:
+        """Reads a few bytes, since UCX connects at the first read."""
+        address = self.kv_caches_base_addr[engine_id][worker[1]][0]
+        handle = self.nixl_wrapper.initialize_xfer(
+            "READ",
+            self.nixl_wrapper.get_xfer_descs([(self._scratch.ctypes.data, _SCRATCH_BYTES, 0)], "DRAM"),
+            self.nixl_wrapper.get_xfer_descs([(address, _SCRATCH_BYTES, 0)], "DRAM"),
+            agent_name,
+        )
+        self.nixl_wrapper.transfer(handle)
+        deadline = time.monotonic() + _WARM_UP_SECONDS
+        while self.nixl_wrapper.check_xfer_state(handle) == "PROC" and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.nixl_wrapper.release_xfer_handle(handle)
+
+    def _nixl_handshake(
+        self, host: str, port: int, *args: Any, **kwargs: Any
+    ) -> tuple[dict[tuple[int, int], str], float]:
+        agents, clock_offset = super()._nixl_handshake(host, port, *args, **kwargs)
+        self._path.connect(host, port, agents)
+        return agents, clock_offset
 
     def start_load_kv(self, metadata: TokenParallelConnectorMetadata) -> None:
         now = time.time()
@@ -85,7 +178,12 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             if pull.owner != self.rank:
                 continue
             local = tuple([block_id - base for block_id in group] for group in meta.local_block_ids)
-            own[request_id] = _OwnPull(**{**vars(meta), "local_block_ids": local}, num_readers=pull.num_readers)
+            own[request_id] = _OwnPull(
+                **{**vars(meta), "local_block_ids": local},
+                num_readers=pull.num_readers,
+                offer=pull.offer,
+                trusted_until=math.inf if pull.trusted_seconds is None else time.monotonic() + pull.trusted_seconds,
+            )
             if any(local):
                 self._begun[request_id] = now
         metadata.reqs_to_recv = own
@@ -96,16 +194,71 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             metadata.heartbeat_by_engine = {}
         self._lease_ids.update(metadata.lease_ids)
         super().start_load_kv(metadata)
-        if metadata.idle and self._idle_pause:
-            time.sleep(self._idle_pause)
+        for request_id, slot in metadata.lease_slots.items():
+            if request_id in self._reqs_to_send:
+                self._lease_slots[request_id] = slot
+                if self._sum_table is not None:
+                    self._sum_table.write(metadata.lease_blocks[request_id])
+                    self._lease_table.mark_ready(slot)
+            else:  # it was read to its end before this worker heard that it was kept
+                self._lease_table.end(slot)
+        if metadata.idle:
+            self._path.settle(_IDLE_WAIT_SECONDS)
+            if self._idle_pause:
+                time.sleep(self._idle_pause)
 
     def _read_blocks_for_req(self, req_id: str, meta: _OwnPull) -> None:
-        self._num_readers = meta.num_readers  # of the request whose reads are posted now
+        self._reading = meta  # the request whose reads are posted now
         super()._read_blocks_for_req(req_id, meta)
 
-    def _read_blocks(self, *, expected_consumers: int, **kwargs: Any) -> bool:
+    def _read_blocks(self, *, read_spec: Any, request_id: str, expected_consumers: int, **kwargs: Any) -> bool:
         # The notification tells the prefill worker how many to wait for before it frees the blocks.
-        return bool(super()._read_blocks(expected_consumers=expected_consumers * self._num_readers, **kwargs))
+        kwargs |= {"read_spec": read_spec, "request_id": request_id}
+        kwargs["expected_consumers"] = expected_consumers * self._reading.num_readers
+        offer = self._reading.offer
+        if offer is None or not any(read_spec.local_block_ids):
+            return bool(super()._read_blocks(**kwargs))
+        with self.nixl_wrapper.quiet():
+            is_posted = bool(super()._read_blocks(**kwargs))
+        if is_posted:
+            worker = (0, read_spec.remote_rank)
+            agent_name = self._remote_agents[kwargs["dst_engine_id"]][worker]
+            self._checks.expect(request_id, offer, worker, agent_name)
+            if self._sum_reader is not None and offer.tables[worker].checksums:
+                self._expect_checksums(request_id, read_spec, offer, kwargs["dst_engine_id"])
+            # As vLLM's own, which it sends when the request is done.
+            notification = f"{kwargs['remote_request_id']}:{kwargs['expected_consumers']}".encode()
+            self._pending_recv_notifs.setdefault(request_id, []).append((agent_name, notification))
+        return is_posted
+
+    def _expect_checksums(self, request_id: str, read_spec: Any, offer: Offer, engine_id: str) -> None:
+        assert self._sum_reader is not None and self.transfer_topo is not None
+        worker = (0, read_spec.remote_rank)
+        remote = self.transfer_topo.get_engine_info(engine_id)
+        here, there = read_spec.local_block_ids, read_spec.remote_block_ids
+        # As `_read_blocks` of vLLM pairs them.
+        ratio = self.transfer_topo.block_size_ratio(remote.remote_block_size)
+        if ratio > 1:
+            here, there = self._map_block_ids_for_block_size_ratio(here, there, ratio)
+        here, there = self._apply_prefix_caching(
+            decode_block_ids=here,
+            prefill_block_ids=there,
+            decode_physical_per_logical=self._physical_blocks_per_logical_kv_block,
+            prefill_physical_per_logical=remote.remote_physical_blocks_per_logical,
+        )
+        table = offer.tables[worker]
+        first_head = self._first_head(read_spec.remote_rank, remote.remote_tp_size)
+        pulled = checksums.PulledBlocks(
+            self._remote_agents[engine_id][worker],
+            table.checksums,
+            table.num_heads,
+            first_head,
+            remote.remote_block_size,
+            here,
+            there,
+            offer.row_of(worker),
+        )
+        self._sum_reader.expect(request_id, pulled)
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         done: set[str] = set()
@@ -118,13 +271,61 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             done_now, failed_now = super()._pop_done_transfers(mine)
             kv_bytes, count = self._pulled.get(request_id, (0, 0))
             self._pulled[request_id] = (kv_bytes + sum(sizes[before:]), count + len(sizes) - before)
+            failed |= failed_now
             if request_id in mine:
                 transfers[request_id] = mine[request_id]
+            elif not self._is_settled(request_id, failed):
+                transfers[request_id] = []
             else:
                 del transfers[request_id]
-            done |= done_now
-            failed |= failed_now
+                done |= done_now
         return done, failed
+
+    def _is_settled(self, request_id: str, failed: set[str]) -> bool:
+        """Whether it is known what all the bytes of a request, which have arrived, are worth; if nothing, it is put
+        among the failed."""
+        if request_id in failed or request_id in self._recv_failures:
+            self._checks.drop(request_id)
+            if self._sum_reader is not None:
+                self._sum_reader.drop(request_id)
+            # Nothing reads there any more. The others of the engine's pulls go on, so this is no time to raise.
+            self._send_pending_recv_notifs(request_id)
+            return True
+        meta = self._recving_metadata.get(request_id)
+        if meta is not None and time.monotonic() > meta.trusted_until:
+            self._reject(request_id, Stale.TOO_LATE, failed)
+        if request_id not in self._checks:
+            return True
+        verdict = self._checks.poll(request_id)
+        if verdict is Verdict.FAILED:
+            self._handle_failed_transfer(request_id, None, failed)
+        elif verdict not in (Verdict.PENDING, Verdict.HELD):
+            self._reject(request_id, Stale(verdict.value), failed)
+        elif verdict is Verdict.HELD and self._sum_reader is not None:
+            self._compare_checksums(self._sum_reader, request_id, failed)
+        return verdict is not Verdict.PENDING
+
+    def _compare_checksums(self, reader: checksums.ChecksumReader, request_id: str, failed: set[str]) -> None:
+        try:
+            is_same = reader.num_differing(request_id) == 0
+        except Exception as error:  # noqa: BLE001 - NIXL's have no common class; all mean that the peer is gone
+            logger.warning("request %s: its checksums could not be read: %r", request_id, error)
+            self._handle_failed_transfer(request_id, None, failed)
+            return
+        if not is_same:
+            self._reject(request_id, Stale.CHECKSUM, failed)
+            self._send_pending_recv_notifs(request_id)  # unlike others, this lease is held still
+
+    def _reject(self, request_id: str, reason: Stale, failed: set[str]) -> None:
+        logger.warning(
+            "request %s computes its prompt: the KV cache that it pulled may be another's by now (%s)",
+            request_id,
+            reason.value,
+        )
+        if self._sum_reader is not None:
+            self._sum_reader.drop(request_id)
+        self.xfer_stats.record_stale(self.rank, reason)
+        failed.add(request_id)
 
     def get_transfer_results(self) -> Any:
         results = super().get_transfer_results()
@@ -136,6 +337,10 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             record = TransferRecord(self.rank, kv_bytes, count, transfer_begin=begun, transfer_end=time.time())
             self._ended[request_id] = record
             self.xfer_stats.record_pull(record)
+        for request_id in results.finished_sending:
+            # Before the scheduler hears of it, and so before anybody can write to these blocks.
+            if (slot := self._lease_slots.pop(request_id, None)) is not None:
+                self._lease_table.end(slot)
         return results
 
     def release_lease(self, lease_id: str) -> None:
@@ -162,6 +367,11 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         """The pulls that ended since the last call."""
         ended, self._ended = self._ended, {}
         return TransferReport(ended) if ended else None
+
+    def shutdown(self) -> None:
+        if hasattr(self, "_checks"):
+            self._checks.shutdown()
+        super().shutdown()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         # The scheduler knows blocks by their global ids.

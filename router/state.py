@@ -20,6 +20,7 @@ from router.guard import make_guard
 from router.handoff import Fleet
 from router.health import HealthChecker
 from router.hosts import EngineHosts
+from router.introductions import Introductions
 from router.kv_events import KvEventWatcher
 from router.kv_poll import KvPoller
 from router.leases import LeaseReleaser
@@ -93,11 +94,13 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         guard = make_guard(settings, session, pool, registry)
         board = StatusBoard(pool, records, guard, session)
         transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
+        hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
         watchers = [
             asyncio.create_task(watcher.run())
             for watcher in (
                 HealthChecker(pool, session, settings),
                 KvPoller(pool, session, settings),
+                Introductions(pool, session, settings, hosts),
                 KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes),
             )
         ]
@@ -110,7 +113,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
                 releaser,
                 RetryBudget(settings.retry_ratio, settings.retry_reserve),
                 PromptTokenizer(pool, session),
-                EngineHosts(settings.endpoints, settings.allowed_engine_hosts),
+                hosts,
             )
             yield RouterState(
                 settings, registry, pool, records, metrics, fleet, transfers, access, admission, tracing, guard, board

@@ -43,7 +43,7 @@ def init(engine_client: Any, state: Any, api_keys: Sequence[str]) -> None:
     state.tknp_api_keys = [f"Bearer {key}".encode() for key in api_keys]
 
 
-def _engine_of(request: Request) -> Any:
+def engine_of(request: Request) -> Any:
     """Raises HTTPException if the request lacks the engine's key. vLLM guards its own routes only."""
     shown = request.headers.get("authorization", "").encode()
     keys: list[bytes] = request.app.state.tknp_api_keys
@@ -53,7 +53,7 @@ def _engine_of(request: Request) -> Any:
 
 
 async def _abort(request: Request, request_id: str) -> Response:
-    engine = _engine_of(request)
+    engine = engine_of(request)
     # The names that vLLM's servers of the APIs give a request with this X-Request-Id, or this `request_id`.
     await answered(engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}", f"resp_{request_id}_0")))
     # The engine takes messages in order: with this answer, the abort before it has happened.
@@ -62,7 +62,7 @@ async def _abort(request: Request, request_id: str) -> Response:
 
 
 async def _release(request: Request, lease_id: str) -> Response:
-    engine = _engine_of(request)
+    engine = engine_of(request)
     if engine.vllm_config.parallel_config.worker_extension_cls != EXTENSION:
         raise HTTPException(404, "this engine keeps no KV cache under a lease that can be released")
     await answered(engine.collective_rpc("release_kv_lease", args=(lease_id,)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from services.kv_peers import EXTENSION
 from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
 
 
@@ -41,5 +42,8 @@ def run_decode(
 
     additional_config = json.loads(option_value(vllm_args, "--additional-config") or "{}")
     # Usage tells what was cached, as OpenAI's does; the prefill engine's share comes with the KV cache.
-    vllm_args = [*kv_transfer_option("kv_consumer", device, vllm_args), "--enable-prompt-tokens-details", *vllm_args]
+    transfer = kv_transfer_option("kv_consumer", device, vllm_args)
+    if transfer and token_parallel_size == 1 and option_value(vllm_args, "--worker-extension-cls") is None:
+        transfer += ["--worker-extension-cls", EXTENSION]
+    vllm_args = [*transfer, "--enable-prompt-tokens-details", *vllm_args]
     serve(model, host, port, vllm_args, engine_args(options, additional_config))

@@ -115,10 +115,39 @@ def test_leases_end_in_one_place_and_are_kept_under_these_names() -> None:
         require(f"self.{name}.pop(req_id" in reap, name, WORKER)
 
 
+def test_what_is_registered_before_the_kv_cache_is_told_to_readers_too() -> None:
+    register = source(Worker.register_kv_caches)
+    require("agent_metadata=self.nixl_wrapper.get_agent_metadata()" in register, "what readers are told", WORKER)
+    require("self.xfer_handshake_metadata = NixlHandshakePayload(" in register, "the handshake's payload", WORKER)
+    require("self._registered_descs" in source(Worker._finish_shutdown), "who deregisters", WORKER)
+    require("encoder.encode(rank_metadata)" in source(Scheduler.set_xfer_handshake_metadata), "who sends it", WORKER)
+
+
+def test_a_notification_can_wait_until_the_request_is_done() -> None:
+    results = source(Worker.get_transfer_results)
+    sent, dropped = "self._send_pending_recv_notifs(req_id)", "self._pending_recv_notifs.pop(req_id, None)"
+    require(sent in results and dropped in results, "_pending_recv_notifs", WORKER)
+    require("for agent_name, notif_id in" in source(Worker._send_pending_recv_notifs), "what waits", WORKER)
+    posted = source(Worker._read_blocks)
+    require("notif_msg=notif_id" in posted and "make_prepped_xfer(" in posted, "how reads are made", WORKER)
+
+
+def test_a_request_that_failed_is_reported_when_nothing_is_read_for_it_any_more() -> None:
+    results = source(Worker.get_transfer_results)
+    require("self._recv_failures.update(newly_failed)" in results, "where failures go", WORKER)
+    require("elif req_id not in self._recving_transfers" in results, "when they are reported", WORKER)
+
+
 def test_orders_are_a_plain_object() -> None:
     made = TokenParallelConnectorMetadata(NixlConnectorMetadata(), {}, {}, idle=True)
     assert vars(NixlConnectorMetadata()), "its fields are not in __dict__ any more; see kv_transfer/metadata.py"
-    assert vars(made).keys() - vars(NixlConnectorMetadata()).keys() == {"pulls", "lease_ids", "idle"}
+    assert vars(made).keys() - vars(NixlConnectorMetadata()).keys() == {
+        "pulls",
+        "lease_ids",
+        "lease_slots",
+        "lease_blocks",
+        "idle",
+    }
 
 
 def test_the_connector_makes_its_halves_itself() -> None:

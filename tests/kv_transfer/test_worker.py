@@ -11,19 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config import set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import HeartbeatInfo, NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.distributed.parallel_state import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 
 from kv_transfer import worker as kv_worker
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata
 from kv_transfer.worker import TokenParallelConnectorWorker
+from tests.kv_transfer import pair
 from tests.services.building import kv_cache_config, tiny_config
 from tknp.common.partition import BlockPartition, RankPlace, set_place
 
@@ -34,13 +28,8 @@ PARTITION = BlockPartition((10, 20))
 def world(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     config = tiny_config(llama, pulls_kv=True)
     config.cache_config.kv_cache_layout = "LBHNC"
-    store = tmp_path_factory.mktemp("world") / "store"
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with pair.world(config, tmp_path_factory.mktemp("world")):
         yield config
-        destroy_model_parallel()
-        destroy_distributed_environment()
 
 
 class FakePeer:
@@ -188,8 +177,9 @@ def test_every_prefill_rank_hears_how_many_readers_to_wait_for(
     told: list[tuple[str, int]] = []
 
     def read_from_two_ranks(self: Any, req_id: str, meta: Any) -> None:
-        for _ in range(2):
-            self._read_blocks(request_id=req_id, expected_consumers=2)
+        for rank in range(2):
+            spec = SimpleNamespace(remote_rank=rank, local_block_ids=meta.local_block_ids)
+            self._read_blocks(read_spec=spec, request_id=req_id, expected_consumers=2)
 
     def read(self: Any, request_id: str, expected_consumers: int, **_: Any) -> bool:
         told.append((request_id, expected_consumers))

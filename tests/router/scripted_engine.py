@@ -71,6 +71,8 @@ class ScriptedEngine:
         self.ranks: list[dict[str, Any]] | None = None  # None as of an engine without GET /token_parallel
         self.ranks_delay = 0.0  # s, before it tells them
         self.metrics_text = ""  # of GET /metrics
+        self.kv_peer: dict[str, Any] | None = None  # of a prefill engine, None as of stock vLLM
+        self.kv_peers: list[dict[str, Any]] = []  # that a decode engine was told of
         self.kv_events: bytes | None = None  # of GET /kv_events, None if there is no such route
         self.tokens: list[int] = []  # of POST /tokenize, if it is not to be a token a character
         self.port = 0
@@ -104,6 +106,8 @@ class ScriptedEngine:
         app.router.add_get("/token_parallel/room", self._ranks)
         app.router.add_post("/token_parallel/transfers", self._transfers)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/kv_peer", self._kv_peer)
+        app.router.add_post("/kv_peers", self._kv_peers)
         app.router.add_get("/kv_events", self._kv_events)
         app.router.add_post("/requests/{id}/abort", self._abort)
         app.router.add_post("/kv_leases/{id}/release", self._release)
@@ -144,6 +148,13 @@ class ScriptedEngine:
     async def _metrics(self, request: web.Request) -> web.Response:
         self.num_looks += 1
         return web.Response(text=self.metrics_text)
+
+    async def _kv_peer(self, request: web.Request) -> web.Response:
+        return web.json_response(self.kv_peer, status=404 if self.kv_peer is None else 200)
+
+    async def _kv_peers(self, request: web.Request) -> web.Response:
+        self.kv_peers.append(await request.json())
+        return web.Response(status=202)
 
     async def _kv_events(self, request: web.Request) -> web.Response:
         return web.Response(body=self.kv_events, status=404 if self.kv_events is None else 200)

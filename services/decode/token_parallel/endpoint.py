@@ -2,7 +2,7 @@
 
 Of decode engines `GET /token_parallel`, the state of the ranks, `GET /token_parallel/room`, their blocks alone, which
 costs the workers nothing, `POST /token_parallel/transfers`, and metrics. Of prefill engines too `GET /kv_traits`,
-`GET /kv_events` and the routes of services/release.py.
+`GET /kv_events` and the routes of services/release.py and services/kv_peers.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel
 
-from services import release
+from services import kv_peers, release
 from services.compatibility import kv_traits
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.rank_metrics import RankMetrics, efficiency_between
@@ -101,6 +101,7 @@ class TokenParallelEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         release.attach(app)
+        kv_peers.attach(app)
         app.add_api_route("/kv_traits", _read_kv_traits, methods=["GET"])
         app.add_api_route("/kv_events", _read_kv_events, methods=["GET"])
         app.add_api_route("/token_parallel", _read, methods=["GET"])

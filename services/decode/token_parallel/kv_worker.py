@@ -30,12 +30,13 @@ from services.decode.token_parallel.kv_graphs import KVGraphs
 from services.decode.token_parallel.layers import attention_layers, make_layers, parameter_bytes
 from services.decode.token_parallel.rows import RowLayout
 from services.decode.token_parallel.status import block_report, worker_status
+from services.kv_peers import KVPeerWorker
 from tknp.common.partition import RankPlace, set_place
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class KVWorker(WorkerBase):
+class KVWorker(KVPeerWorker, WorkerBase):
     """Serves one root worker: per step and layer it receives query, key and value rows, updates its cache, attends,
     and sends the outputs back. It answers every call that vLLM makes to all workers of an engine."""
 

@@ -18,6 +18,7 @@ from services.decode.token_parallel.layers import attention_layers, describe_lay
 from services.decode.token_parallel.micro_batch import GraphSizes
 from services.decode.token_parallel.pace import seconds_of
 from services.decode.token_parallel.status import block_report, worker_status
+from services.kv_peers import KVPeerWorker
 from tknp.common.partition import RankPlace, set_place
 
 if current_platform.is_cpu():
@@ -36,7 +37,7 @@ class TokenParallelWorker:
         return chosen(vllm_config, local_rank, rank, *args, **kwargs)
 
 
-class RootWorker(PlatformWorker):
+class RootWorker(KVPeerWorker, PlatformWorker):
     """vLLM's own worker, whose attention layers send the rows of other ranks' requests to them."""
 
     context: TokenParallelContext

@@ -1,0 +1,87 @@
+"""A real vLLM engine with random weights, as one side of KV transfer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.shapes import SHAPES
+from bench.transfer.side import CONNECTORS
+
+KV_CACHE_BYTES = 20 << 30
+"""Enough for the largest case and some, and so little that two engines fit on a GPU."""
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """As SideJob; `max_model_len` in tokens."""
+
+    path: str
+    role: str
+    shape: str
+    block_size: int
+    max_model_len: int
+    device: int
+    port: int
+
+
+def serve(job: EngineJob, pipe: Any) -> None:
+    """Answers ("generate", requests, tokens, seed, offers or None) with seconds to the last first token and what each
+    request leaves for a decode engine."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(job.device)
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(job.port)
+    engine = Engine(job)
+    pipe.send("ready")
+    while (order := pipe.recv()) is not None:
+        name, *arguments = order
+        pipe.send(getattr(engine, name)(*arguments))
+
+
+class Engine:
+    """See the module."""
+
+    def __init__(self, job: EngineJob) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(
+            # One directory for all: the connectors compare its name.
+            str(SHAPES[job.shape].write_config(Path(tempfile.gettempdir()) / f"tknp-bench-{job.shape}")),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=job.max_model_len,
+            max_num_seqs=32,
+            max_num_batched_tokens=16_384,
+            gpu_memory_utilization=0.4,
+            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            block_size=job.block_size,
+            kv_transfer_config={"kv_role": job.role, "kv_load_failure_policy": "fail", **CONNECTORS[job.path]},
+        )
+
+    def generate(self, requests: int, tokens: int, seed: int, offers: list[Any] | None) -> tuple[float, list[Any]]:
+        from vllm import SamplingParams
+
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=1,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={"kv_transfer_params": offers[i]} if offers else None,
+            )
+            for i in range(requests)
+        ]
+        prompts: list[Any] = [
+            {"prompt_token_ids": [(i * 7919 + j * 13 + seed * 101) % 100_000 + 1 for j in range(tokens)]}
+            for i in range(requests)
+        ]
+        begin = time.perf_counter()
+        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        return seconds, [(output.outputs[0].token_ids[0], output.kv_transfer_params) for output in outputs]

@@ -1,0 +1,56 @@
+"""Which path the bytes of KV cache took, beside vLLM's statistics of NIXL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
+
+
+class PathStats(NixlKVConnectorStats):
+    """For each transfer in vLLM's lists its path, `direct` or `nixl`."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.data["transfer_path"] = []
+
+    def record_transfer(self, res: Any) -> None:
+        super().record_transfer(res)
+        if res is not None:  # vLLM's other lists have one item for it, too
+            self.data["transfer_path"].append(getattr(res, "path", "nixl"))
+
+
+class PathMetrics(NixlPromMetrics):
+    """`tknp_kv_transfer_path_bytes_total` and `tknp_kv_transfer_path_seconds_total`."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        labels = [*labelnames, "path"]
+        self._path_bytes = self._counter_cls(
+            name="tknp_kv_transfer_path_bytes",
+            documentation="Bytes of KV cache pulled, by the path they took: direct (between GPUs of a host) or nixl.",
+            labelnames=labels,
+        )
+        self._path_seconds = self._counter_cls(
+            name="tknp_kv_transfer_path_seconds",
+            documentation="Seconds that transfers took, by path; those at the same time count each.",
+            labelnames=labels,
+        )
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        super().observe(transfer_stats_data, engine_idx)
+        values = self.per_engine_labelvalues[engine_idx]
+        for path, seconds, num_bytes in zip(
+            transfer_stats_data["transfer_path"],
+            transfer_stats_data["transfer_duration"],
+            transfer_stats_data["bytes_transferred"],
+            strict=True,
+        ):
+            self._path_bytes.labels(*values, path).inc(num_bytes)
+            self._path_seconds.labels(*values, path).inc(seconds)

@@ -1,0 +1,89 @@
+"""GPUs are played by this process's own memory: what maps another process's memory, and what copies, is replaced."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from kv_transfer.direct import agent, driver, path
+from kv_transfer.direct.driver import Segment
+from kv_transfer.direct.pages import Ids, PageList
+from kv_transfer.direct.transfer import Telemetry
+
+
+class HostTransfer:
+    """Done when it has been asked about it twice."""
+
+    def __init__(self, num_bytes: int, num_pages: int) -> None:
+        self.num_bytes, self.num_pages, self.num_polls, self.was_waited_for = num_bytes, num_pages, 0, False
+
+    def is_done(self) -> bool:
+        self.num_polls += 1
+        return self.num_polls > 2
+
+    def wait(self) -> None:
+        self.was_waited_for = True
+
+    def telemetry(self) -> Telemetry:
+        return Telemetry(1.0, 2.0, self.num_bytes, self.num_pages)
+
+
+class HostCopier:
+    """Copies pages of this process's memory."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def start(self, sources: PageList, source_ids: Ids, destinations: PageList, destination_ids: Ids) -> HostTransfer:
+        num_bytes = 0
+        for source, destination in zip(source_ids, destination_ids, strict=True):
+            length = int(destinations.lengths[destination])
+            assert length == int(sources.lengths[source])
+            ctypes.memmove(int(destinations.addresses[destination]), int(sources.addresses[source]), length)
+            num_bytes += length
+        return HostTransfer(num_bytes, len(source_ids))
+
+
+@dataclass
+class HostMemory:
+    """What the driver is asked.
+
+    Attributes:
+        open: how often each segment is mapped now.
+    """
+
+    open: dict[int, int] = field(default_factory=dict)
+
+    def export(self, address: int) -> Segment:
+        return Segment(address & ~0xFFF, 1 << 30, b"handle")
+
+    def open_segment(self, segment: Segment) -> int:
+        self.open[segment.base] = self.open.get(segment.base, 0) + 1
+        return segment.base
+
+    def close_segment(self, address: int) -> None:
+        self.open[address] -= 1
+
+    @property
+    def num_open(self) -> int:
+        return sum(self.open.values())
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostMemory]:
+    memory = HostMemory()
+    make_path = path.make_path
+    monkeypatch.setattr(path, "make_path", lambda setting, nixl, _: make_path(setting, nixl, "cpu"))
+    monkeypatch.setattr(path, "PageCopier", HostCopier)
+    monkeypatch.setattr(agent, "_GPU_MEMORY", "DRAM")
+    monkeypatch.setattr(driver, "context", lambda device: nullcontext())
+    monkeypatch.setattr(driver, "gpu_uuid", lambda device: "GPU-host")
+    for name in ("export", "open_segment", "close_segment"):
+        monkeypatch.setattr(driver, name, getattr(memory, name))
+    yield memory
