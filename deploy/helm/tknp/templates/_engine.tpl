@@ -12,6 +12,17 @@
 {{- end }}
 {{- end }}
 
+{{/* What joins the nodes of an engine: native, ray, or nothing where there is one node. */}}
+{{- define "tknp.backend" -}}
+{{- $size := .spec.tokenParallelSize | default 1 | int }}
+{{- if gt (int .spec.nodes) 1 }}
+{{- if and (eq .spec.multiNode.backend "native") (or (ne .component "decode") (mod $size (int .spec.nodes))) }}
+{{- fail (printf "%s.nodes is %d, over which multiNode.backend=native spreads the token-parallel ranks of a decode engine, of which there are %d: make their number a multiple, or set %s.multiNode.backend=ray" .component (int .spec.nodes) $size .component) }}
+{{- end }}
+{{- .spec.multiNode.backend }}
+{{- end }}
+{{- end }}
+
 {{/* The words after `tknp`. Takes root, component and spec. */}}
 {{- define "tknp.engineArgs" -}}
 {{- $spec := .spec }}
@@ -24,8 +35,13 @@
 - --token-parallel-size={{ int $spec.tokenParallelSize }}
 {{- end }}
 - --shutdown-timeout={{ int $spec.shutdownSeconds }}
-{{- if gt (int $spec.nodes) 1 }}
-{{- include "tknp.engineOptions" $spec.multiNode.options }}
+{{- if eq (include "tknp.backend" .) "native" }}
+- --nnodes={{ int $spec.nodes }}
+- --node-rank=$(LWS_WORKER_INDEX)
+- --master-addr=$(LWS_LEADER_ADDRESS)
+- --master-port={{ int $spec.multiNode.masterPort }}
+{{- else if eq (include "tknp.backend" .) "ray" }}
+- --distributed-executor-backend=ray
 {{- end }}
 {{- include "tknp.engineOptions" $spec.options }}
 {{- with $spec.extraArgs }}
@@ -41,7 +57,7 @@
 {{- $_ := set $env "VLLM_HOST_IP" "$(POD_IP)" }}
 {{- $_ := set $env "VLLM_NIXL_SIDE_CHANNEL_HOST" "$(POD_IP)" }}
 {{- $_ := set $env "VLLM_NO_USAGE_STATS" "1" }}
-{{- if gt (int .spec.nodes) 1 }}
+{{- if eq (include "tknp.backend" .) "ray" }}
 {{- $_ := set $env "RAY_USAGE_STATS_ENABLED" "0" }}
 {{- end }}
 {{- with include "tknp.huggingFaceSecret" .root }}
@@ -89,11 +105,12 @@ podAffinity:
 {{- end }}
 
 {{/* A pod of an engine: metadata and spec. Takes root, component, spec and role: engine, leader or worker. A worker only
-lends its GPUs to the leader's engine, over Ray; it serves nobody and must not be discovered. */}}
+lends its GPUs to the leader's engine; it serves nobody and must not be discovered. */}}
 {{- define "tknp.enginePod" -}}
 {{- $spec := .spec }}
 {{- $isWorker := eq .role "worker" }}
 {{- $name := $isWorker | ternary (printf "%s-worker" .component) .component }}
+{{- $backend := include "tknp.backend" . }}
 {{- $rayPort := int $spec.multiNode.rayPort }}
 metadata:
   {{- include "tknp.podMetadata" (dict "root" .root "component" $name "spec" $spec) | nindent 2 }}
@@ -112,10 +129,10 @@ spec:
       image: {{ include "tknp.image" (dict "root" .root "image" $spec.image "device" $spec.device) }}
       imagePullPolicy: {{ include "tknp.pullPolicy" (dict "root" .root "image" $spec.image "device" $spec.device) }}
       securityContext: {{- include "tknp.engineSecurityContext" . | nindent 8 }}
-      {{- if eq .role "engine" }}
+      {{- if ne $backend "ray" }}
       command: [tknp]
       args: {{- include "tknp.engineArgs" . | trim | nindent 8 }}
-      {{- else if eq .role "leader" }}
+      {{- else if not $isWorker }}
       command: [sh, -c, 'ray start --head --node-ip-address="$POD_IP" --port={{ $rayPort }} && exec tknp "$@"', tknp]
       args: {{- include "tknp.engineArgs" . | trim | nindent 8 }}
       {{- else }}
