@@ -31,9 +31,11 @@ def router_options() -> dict[str, Any]:
         if name not in _SET_BY_THE_CHART:
             kept = {key: value for key, value in schema.items() if key not in ("title", "default", "format")}
             description = kept.pop("description")
-            is_nullable = any(choice.get("type") == "null" for choice in kept.get("anyOf", ()))
-            either = kept["anyOf"] if is_nullable else [kept, {"type": "null"}]
-            options[name] = {"description": description, "anyOf": either}
+            choices = kept.pop("anyOf", [kept])
+            (only,) = [choice for choice in choices if choice["type"] != "null"]
+            options[name] = {"description": description, **only, "type": [only["type"], "null"]}
+            if "enum" in only:
+                options[name]["enum"] = [*only["enum"], None]
     return {"type": "object", "additionalProperties": False, "properties": options}
 
 

@@ -159,6 +159,9 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "tknp.fullname" . }}-route
 {{- if not $values.model }}
 {{- fail "model is not set: name a model of the Hugging Face hub, such as --set model=Qwen/Qwen3-8B, or a folder in the engines' pods" }}
 {{- end }}
+{{- if or (hasKey $values.prefill "tokenParallelSize") (hasKey $values.engines "tokenParallelSize") }}
+{{- fail "tokenParallelSize is of decode engines alone: set decode.tokenParallelSize" }}
+{{- end }}
 {{- range $pool := list "engines" "prefill" "decode" }}
 {{- $spec := index $values $pool }}
 {{- range $name, $value := dict "host" "listen" "port" "port" "side-channel-port" "sideChannelPort" "shutdown-timeout" "shutdownSeconds" "token-parallel-size" "tokenParallelSize" "model" "model, for both pools" "api-key" "engineApiKey, for both pools" }}
