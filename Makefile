@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test soak install browser lock clean
+.PHONY: help serve test soak install browser lock chart clean
 
 VENV ?= .venv
 PORT ?= 8000
@@ -46,6 +46,9 @@ browser: ## Fetch the browser that the live page is tested in, where npm can
 
 lock: ## Resolve requirements/*.in again (UPGRADE=1 moves every pin)
 	PYTHON=$(PYTHON) scripts/lock.sh
+
+chart: install ## Write again what follows from the Helm chart: golden manifests, the router's options in its schema
+	$(VENV)/bin/python -m tests.deploy.renew
 
 clean: ## Remove the virtual environment, the small model, logs and caches
 	rm -rf $(VENV) .browser .models logs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,14 +40,15 @@ def etc(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What Kubernetes tells a client in a pod, for a router that asks for it at its start."""
+    """A way to the API server, which a router that watches pods wants at its start."""
     if HAS_DISCOVERY:
         config = tmp_path / "kubeconfig"
         config.write_text(
             "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}], "
             "clusters: [{name: c, cluster: {server: 'http://127.0.0.1:9'}}], users: [{name: u, user: {token: t}}]}"
         )
-        monkeypatch.setenv("KUBECONFIG", str(config))
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(config))
 
 
 def router_settings(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RouterSettings:
@@ -159,12 +161,11 @@ def test_the_model_is_written_before_the_engines_of_the_cpu_profile_start() -> N
 
 
 def test_values_files_that_the_docs_name_exist() -> None:
-    docs = CHART.parents[2] / "docs" / "install-kubernetes.md"
-    named = {word.strip("`.,;:)(") for word in docs.read_text().split() if "deploy/helm/" in word or "examples/" in word}
-    assert any(word.endswith("values-cpu.yaml") for word in named)
-    for word in named:
-        path = CHART.parents[2] / word if word.startswith("deploy/") else CHART.parent / word
-        assert path.exists(), f"{docs.name} names {word}"
+    root = CHART.parents[2]
+    text = (root / "docs" / "install-kubernetes.md").read_text()
+    named = set(re.findall(r"deploy/[\w/.-]+(?:yaml|cpu|cuda|tpl)\b", text))
+    assert {root / name for name in named} >= {path for path in SETS.values() if "tests" not in path.parts}
+    assert [name for name in named if not (root / name).exists()] == []
 
 
 def test_nodes_other_than_the_first_run_the_same_command() -> None:

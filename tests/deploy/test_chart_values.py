@@ -32,7 +32,11 @@ def nested(path: str, value: Any) -> Object:
         ("router.replicas", -1, "at '/router/replicas': minimum: got -1, want 0"),
         ("router.port", 80, "at '/router/port': minimum: got 80, want 1,024"),
         ("router.listen", "0.0.0.0 --no-decode-only", "at '/router/listen'"),
-        ("router.options.prefil-policy", "x", "at '/router/options': additional properties 'prefil-policy' not allowed"),
+        (
+            "router.options.prefil-policy",
+            "x",
+            "at '/router/options': additional properties 'prefil-policy' not allowed",
+        ),
         ("router.options.port", 1, "at '/router/options': additional properties 'port' not allowed"),
         ("router.options.guard-share", 2, "at '/router/options/guard-share': maximum: got 2, want 1"),
         ("router.options.max-queue-length", "x", "at '/router/options/max-queue-length': got string, want"),
@@ -124,7 +128,7 @@ def _paths(values: Any, path: str = "") -> set[str]:
     if not isinstance(values, dict):
         return set()
     schema = _at(path)
-    if "additionalProperties" in schema and schema["additionalProperties"] is not False or "properties" not in schema:
+    if schema.get("additionalProperties") is not False:
         return set()
     found = set()
     for key, value in values.items():
@@ -150,7 +154,7 @@ def _resolve(schema: Object) -> Object:
 
 
 def _at(path: str) -> Object:
-    schema = SCHEMA
+    schema: Object = SCHEMA
     for key in filter(None, path.split(".")):
         schema = _resolve(schema["properties"][key])
     return schema

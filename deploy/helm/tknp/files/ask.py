@@ -43,8 +43,8 @@ if os.environ.get("NEEDS_KEY") and not KEY:
 try:
     for model in [model["id"] for model in ask("/v1/models")["data"]]:
         answer = ask("/v1/completions", {"model": model, "prompt": "The capital of France is", "max_tokens": 8})
-        if not answer["usage"]["completion_tokens"]:
-            sys.exit(f"The model {model} answered without a token: {answer}")
+        if not answer.get("choices"):
+            sys.exit(f"The model {model} gave no answer: {answer}")
         print(f"{model}: {answer['choices'][0]['text']!r}")
 except OSError as error:
     sys.exit(f"The router at {URL} did not answer: {reason(error)}")
