@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from helm_python import Chart
-
 from router.settings import RouterSettings
-from tests.deploy.chart import CHART, GOLDEN, SETS, render_text, values_of
+from tests.deploy.chart import CHART, GOLDEN, SETS, chart, render_text, values_of
 
 SCHEMA = CHART / "values.schema.json"
 _SET_BY_THE_CHART = (
@@ -47,12 +45,11 @@ def schema_text() -> str:
 
 def main() -> None:
     SCHEMA.write_text(schema_text())
-    chart = Chart.load(CHART)
     GOLDEN.mkdir(exist_ok=True)
     for path in GOLDEN.glob("*.yaml"):
         path.unlink()
     for name in SETS:
-        (GOLDEN / f"{name}.yaml").write_text(render_text(values_of(name), chart))
+        (GOLDEN / f"{name}.yaml").write_text(render_text(values_of(name), chart()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from helm_python import lint
+from helm_python import Chart, lint
 from kubernetes_validate import utils
 
 from tests.deploy.chart import CHART, GOLDEN, SETS, Object, chart, objects_of, render_text, values_of
@@ -114,6 +114,19 @@ def test_probes_and_services_name_ports_that_there_are(name: str) -> None:
                 if probe in container:
                     (action,) = container[probe].keys() & {"httpGet", "tcpSocket"}
                     assert container[probe][action]["port"] in ports
+
+
+def test_each_dashboard_and_each_file_of_rules_becomes_an_object() -> None:
+    """Those that the chart ships; the golden files are without them."""
+    values: Object = {"model": "m", "metrics": {"rules": {"enabled": True}}}
+    objects = [found for found in yaml.safe_load_all(render_text(values, Chart.load(CHART))) if found]
+    made = {(found["kind"], found["metadata"]["name"].removeprefix("llm-tknp-")) for found in objects}
+    dashboards = {("ConfigMap", f"dashboard-{path.stem}") for path in (CHART / "dashboards").glob("*.json")}
+    rules = {("PrometheusRule", path.stem) for path in (CHART / "rules").glob("*.yaml")}
+    assert {(kind, name) for kind, name in made if kind in ("ConfigMap", "PrometheusRule")} == dashboards | rules
+    for found in objects:
+        if found["kind"] == "PrometheusRule":
+            jsonschema.validate(found, CUSTOM["PrometheusRule"])
 
 
 def pod_templates(found: Object) -> list[Object]:
