@@ -223,6 +223,16 @@ def test_queries_are_over_series_that_a_router_exports(start_stack: StartStack) 
     assert re.search(r'^tknp_engine_outstanding_tokens{.*role="prefill".*}', text, re.MULTILINE)
 
 
+def test_targets_name_their_component() -> None:
+    """The label that rules and dashboards select by."""
+    monitors = [found for found in objects_of("everything") if found["kind"] == "PodMonitor"]
+    assert len(monitors) == 2
+    for monitor in monitors:
+        first = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"][0]
+        assert first["targetLabel"] == "component"
+        assert first["sourceLabels"] == ["__meta_kubernetes_pod_label_app_kubernetes_io_component"]
+
+
 @pytest.fixture
 def chart_with_files(tmp_path: Path) -> Chart:
     """The chart with a dashboard and a file of rules, both full of what a template would choke on."""
