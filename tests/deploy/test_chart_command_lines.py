@@ -18,7 +18,12 @@ from tknp.launch.defaults import vllm_options
 
 HAS_DISCOVERY = "discovery" in RouterSettings.model_fields
 FROM_PODS = ("--discovery=", "--kubernetes-")
-ENVIRONMENT = ("VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_PLUGINS")
+POD_IP = "192.0.2.7"
+ENGINE_SETS = (
+    *("VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_PLUGINS", "VLLM_CPU_OMP_THREADS_BIND"),
+    *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+)
+"""What an engine sets for the processes that it starts."""
 
 
 @pytest.fixture
@@ -110,11 +115,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Namespace]]:
         return False
 
     monkeypatch.setattr("services.vllm_server._serve", serve)
-    for name in (*ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
+    for name in ENGINE_SETS:
+        monkeypatch.setenv(name, "to be put back")
         monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_HOST_IP", POD_IP)
+    monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", POD_IP)
     yield seen
-    for name in (*ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
+    for name in ENGINE_SETS:
         os.environ.pop(name, None)
 
 
@@ -125,7 +132,7 @@ def test_engines_read_their_options(role: str, name: str, served: list[Namespace
     # Folders of the pod, and what the kubelet fills in.
     if words[1].startswith("/"):
         words[1] = str(tmp_path)
-    filled = {"$(LWS_WORKER_INDEX)": "0", "$(LWS_LEADER_ADDRESS)": "127.0.0.1"}
+    filled = {"$(LWS_WORKER_INDEX)": "0", "$(LWS_LEADER_ADDRESS)": POD_IP}
     for variable, value in filled.items():
         words = [word.replace(variable, value) for word in words]
     cli.app(args=words, standalone_mode=False)

@@ -133,7 +133,14 @@ spec:
       command: [tknp]
       args: {{- include "tknp.engineArgs" . | trim | nindent 8 }}
       {{- else if not $isWorker }}
-      command: [sh, -c, 'ray start --head --node-ip-address="$POD_IP" --port={{ $rayPort }} && exec tknp "$@"', tknp]
+      command:
+        - sh
+        - -c
+        - >-
+          ray start --head --node-ip-address="$POD_IP" --port={{ $rayPort }} &&
+          export RAY_ADDRESS="$POD_IP:{{ $rayPort }}" &&
+          exec tknp "$@"
+        - tknp
       args: {{- include "tknp.engineArgs" . | trim | nindent 8 }}
       {{- else }}
       command:
