@@ -116,6 +116,13 @@ def test_probes_and_services_name_ports_that_there_are(name: str) -> None:
                     assert container[probe][action]["port"] in ports
 
 
+def test_the_packaged_chart_is_whole(tmp_path: Path) -> None:
+    """What `helm package` makes, without what .helmignore leaves out, renders the same."""
+    packaged = Chart.load(Chart.load(CHART).save(tmp_path))
+    values: Object = {"model": "m", "metrics": {"rules": {"enabled": True}}}
+    assert render_text(values, packaged) == render_text(values, Chart.load(CHART))
+
+
 def test_each_dashboard_and_each_file_of_rules_becomes_an_object() -> None:
     """Those that the chart ships; the golden files are without them."""
     values: Object = {"model": "m", "metrics": {"rules": {"enabled": True}}}
