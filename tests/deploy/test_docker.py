@@ -74,6 +74,12 @@ def test_vllm_is_the_version_that_the_project_is_built_on() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
+def test_the_build_checks_vllm_s_version(recipe: Path) -> None:
+    (check,) = re.findall(r"^RUN python3 -c '(.+?)'", recipe.read_text(), re.MULTILINE)
+    exec(check, {})  # passes here, where the right version is installed
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 def test_user_and_folders_are_the_chart_s(recipe: Path) -> None:
     text = recipe.read_text()
     spec = pod_spec(find(objects_of("minimal"), "Deployment", "llm-tknp-prefill"))
