@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test soak install browser prometheus dashboards pictures lock clean
+.PHONY: help serve test soak install browser prometheus dashboards pictures lock chart clean
 
 VENV ?= .venv
 PORT ?= 8000
@@ -55,6 +55,9 @@ pictures: install browser prometheus ## Draw the dashboards of a running system 
 
 lock: ## Resolve requirements/*.in again (UPGRADE=1 moves every pin)
 	PYTHON=$(PYTHON) scripts/lock.sh
+
+chart: install ## Write again what follows from the Helm chart: golden manifests, the router's options in its schema
+	$(VENV)/bin/python -m tests.deploy.renew
 
 clean: ## Remove the virtual environment, the small model, logs and caches
 	rm -rf $(VENV) .browser .prometheus .models logs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

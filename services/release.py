@@ -10,6 +10,7 @@ KV cache held until vLLM's lease ends, 30 s later. An engine that was started wi
 from __future__ import annotations
 
 import hmac
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +39,11 @@ def attach(app: FastAPI) -> None:
 
 
 def init(engine_client: Any, state: Any, api_keys: Sequence[str]) -> None:
-    """What the routes need; called once the engine is there. `api_keys` are the engine's, if it has any."""
+    """What the routes need; called once the engine is there. `api_keys` are the engine's `--api-key`, if it has any;
+    otherwise it is VLLM_API_KEY, as on vLLM's own routes (entrypoints/serve/middleware/register.py)."""
     state.tknp_engine = engine_client
-    state.tknp_api_keys = [f"Bearer {key}".encode() for key in api_keys]
+    keys = api_keys or (os.environ.get("VLLM_API_KEY", ""),)
+    state.tknp_api_keys = [f"Bearer {key}".encode() for key in keys if key]
 
 
 def engine_of(request: Request) -> Any:

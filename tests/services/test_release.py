@@ -99,3 +99,16 @@ def test_vllm_takes_aborts_by_external_id_and_workers_take_more_methods() -> Non
     require("self.output_processor.abort_requests(request_ids, internal)" in source(AsyncLLM.abort), "abort", BY)
     require("is_sleeping_async" in source(AsyncLLM.is_sleeping), "a question that is answered in order", BY)
     require("worker_extension_cls" in source(WorkerWrapperBase.init_worker), "--worker-extension-cls", BY)
+
+
+def test_a_key_from_the_environment_is_wanted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM takes VLLM_API_KEY where there is no --api-key: a key on the command line can be seen by others."""
+    monkeypatch.setenv("VLLM_API_KEY", "sk-env")
+    engine = Engine()
+    asked = client(engine)
+    assert asked.post("/requests/r/abort").status_code == 401
+    assert asked.post("/requests/r/abort", headers={"Authorization": "Bearer sk-env"}).status_code == 204
+    assert (
+        client(engine, "sk-option").post("/requests/r/abort", headers={"Authorization": "Bearer sk-env"}).status_code
+        == 401
+    )
