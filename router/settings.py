@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from router.cluster import make_api_client
+from router.engine_file import check_engine_url, read_engines
 from router.hosts import split_patterns
 from router.keys import read_keys
 from router.policies import load_policies
@@ -267,6 +269,28 @@ class RouterSettings(BaseSettings):
         description="Nats between the two likeliest tokens that count as a tie; two bfloat16 logits near 20 differ so.",
     )
 
+    # Discovery
+    discovery: Literal["static", "file", "kubernetes"] = Field(
+        default="static", description="Where engines come from: the two lists of URLs, a file, or Kubernetes' pods."
+    )
+    engines_file: FilePath | None = Field(
+        default=None,
+        description="File of --discovery file: a line for each engine, as prefill URL or decode URL; read again when "
+        "it changes.",
+    )
+    kubernetes_namespace: str = Field(
+        default="", description="Namespace of the engines' pods; the router's own if empty, for its Role is there."
+    )
+    kubernetes_selector_prefill: str = Field(
+        default="", description="Label selector of prefill engines' pods, such as app=tknp,role=prefill; none if empty."
+    )
+    kubernetes_selector_decode: str = Field(
+        default="", description="Label selector of decode engines' pods; --discovery kubernetes needs it."
+    )
+    kubernetes_port: str = Field(
+        default="http", description="Port of the engines: its number, or the name that the pods' containers give it."
+    )
+
     @field_validator("prefill_urls", "decode_urls", "cors_allowed_origins", "allowed_engine_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -277,11 +301,7 @@ class RouterSettings(BaseSettings):
     @field_validator("prefill_urls", "decode_urls")
     @classmethod
     def _check(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        cleaned = tuple(url.rstrip("/") for url in urls)
-        for url in cleaned:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query or "@" in url:
-                raise ValueError(f"an engine is http://host:port without a path, not {url!r}")
+        cleaned = tuple(map(check_engine_url, urls))
         if len(set(cleaned)) != len(cleaned):
             raise ValueError("the same engine is listed twice")
         return cleaned
@@ -328,6 +348,22 @@ class RouterSettings(BaseSettings):
         key = self.engine_key
         if key is not None and (not key or not all("!" <= char <= "~" for char in key)):
             raise ValueError("the engines' API key must be printable ASCII without spaces, and not empty")
+        return self
+
+    @model_validator(mode="after")
+    def _check_discovery(self) -> Self:
+        if self.discovery != "static" and (self.prefill_urls or self.decode_urls):
+            raise ValueError(f"--prefill-urls and --decode-urls are for --discovery static, not {self.discovery}")
+        if (self.discovery == "file") != (self.engines_file is not None):
+            raise ValueError("--discovery file and --engines-file go together")
+        if self.engines_file is not None:
+            read_engines(self.engines_file)
+        if self.discovery == "kubernetes":
+            if not self.kubernetes_selector_decode:
+                raise ValueError("--discovery kubernetes needs --kubernetes-selector-decode")
+            make_api_client()
+        elif self.kubernetes_selector_prefill or self.kubernetes_selector_decode:
+            raise ValueError("--kubernetes-selector-prefill and -decode need --discovery kubernetes")
         return self
 
     @field_validator("api_keys_file")
