@@ -21,7 +21,7 @@ def make_api_client() -> ApiClient:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config(client_configuration=settings)
         else:
-            config.load_kube_config(client_configuration=settings)
+            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     except (config.ConfigException, OSError) as error:
         raise ValueError(
             "--discovery kubernetes finds no way to the API server: in a pod it needs the service account's token "
@@ -38,7 +38,7 @@ def own_namespace() -> str:
     if OWN_NAMESPACE.exists():
         return OWN_NAMESPACE.read_text().strip()
     try:
-        _, context = config.list_kube_config_contexts()
+        _, context = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
     except (config.ConfigException, OSError):
         return "default"
     return str(context["context"].get("namespace") or "default")

@@ -34,9 +34,7 @@ KEEPING = {Moment.PREFILL_DONE, Moment.DECODE_SENT}
 
 
 class Membership:
-    def __init__(
-        self, pool: EnginePool, records: RecordStore, hosts: EngineHosts, metrics: RouterMetrics, is_static: bool
-    ) -> None:
+    def __init__(self, pool: EnginePool, records: RecordStore, hosts: EngineHosts, metrics: RouterMetrics) -> None:
         self._pool = pool
         self._records = records
         self._hosts = hosts
@@ -44,13 +42,11 @@ class Membership:
         self._found = {engine.endpoint for engine in pool.engines}
         self._flipped: dict[str, Role] = {}  # URL -> the role that it was given
         self._woken = asyncio.Event()
-        self.has_found = is_static  # False until discovery has spoken
 
     def found(self, endpoints: Iterable[Endpoint]) -> None:
         """These are all engines that there should be."""
         self._found = set(endpoints)
         self._flipped = {url: role for url, role in self._flipped.items() if url in {e.url for e in self._found}}
-        self.has_found = True
         self._woken.set()
 
     def flip(self, engine: Engine) -> None:

@@ -69,6 +69,7 @@ class PodWatch:
         on_urls: Callable[[frozenset[str]], None],
         on_fault: Callable[[Fault], None],
     ) -> None:
+        self._api_client = api_client
         self._list_pods: Any = CoreV1Api(api_client).list_namespaced_pod  # typed as if it always made models
         self._which = {"namespace": namespace, "label_selector": selector}
         self._what = f"pods of {selector} in namespace {namespace}"
@@ -89,6 +90,10 @@ class PodWatch:
 
     def run(self) -> None:
         """Returns after `stop`."""
+        with self._api_client:
+            self._run()
+
+    def _run(self) -> None:
         while not self._stopped.is_set():
             try:
                 self._watch(self._list())
@@ -168,6 +173,6 @@ def _said(error: ApiException) -> str:
     if error.status in (401, 403):
         return (
             f"the API server refuses with status {error.status}: the router's service account needs a Role that may "
-            "get, list and watch pods"
+            "list and watch pods"
         )
     return f"the API server answers with status {error.status}: {error.reason}"

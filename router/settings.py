@@ -291,6 +291,32 @@ class RouterSettings(BaseSettings):
         default="http", description="Port of the engines: its number, or the name that the pods' containers give it."
     )
 
+    # Engines that change their role
+    flip_roles: bool = Field(
+        default=False,
+        description="Move engines that were started with --kv-both between the pools when their loads drift apart; "
+        "for one router alone, because each would decide for itself.",
+    )
+    flip_prefill_tokens: int = Field(
+        default=16_384,
+        ge=1,
+        description="Prompt tokens outstanding on each prefill engine from which that pool needs another one; about "
+        "what an engine computes in the time that a first token may take.",
+    )
+    flip_decode_kv: float = Field(
+        default=0.9,
+        gt=0,
+        le=2,
+        description="Share of the decode engines' KV cache, promised to requests until their end, from which that pool "
+        "needs another engine.",
+    )
+    flip_hold: Seconds = Field(
+        default=30.0, description="Seconds that a pool must be in need without a break; a burst is over by then."
+    )
+    flip_cooldown: Seconds = Field(
+        default=120.0, description="Seconds from one flip to the next; its effect must be seen first."
+    )
+
     @field_validator("prefill_urls", "decode_urls", "cors_allowed_origins", "allowed_engine_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

@@ -30,6 +30,7 @@ from router.membership import Membership
 from router.metrics import RouterMetrics, StateCollector
 from router.records import RecordStore
 from router.retries import RetryBudget
+from router.role_flips import RoleFlips
 from router.status import StatusBoard
 from router.token_ids import PromptTokenizer
 from router.tracing import make_tracing
@@ -96,7 +97,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         guard = make_guard(settings, session, pool, registry)
         board = StatusBoard(pool, records, guard, session)
         hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
-        membership = Membership(pool, records, hosts, metrics, settings.discovery == "static")
+        membership = Membership(pool, records, hosts, metrics)
         discovery = make_discovery(settings, registry)
         transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         watchers = [
@@ -107,6 +108,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
                 KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes).run(),
                 membership.run(),
                 discovery.run(membership.found),
+                RoleFlips(pool, membership, session, settings, registry).run(),
             )
         ]
         try:

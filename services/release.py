@@ -1,7 +1,8 @@
-"""What a router asks of an engine when a request comes to nothing: to drop it, and the KV cache that is kept for it.
+"""What a router asks of an engine beside tokens: to drop a request that came to nothing, and the KV cache kept for it.
 
 `POST /requests/{id}/abort`        every engine; answers once the engine knows nothing of the request any more
 `POST /kv_leases/{id}/release`     prefill engines; the KV cache under this lease goes with the next step
+`GET  /kv_roles`                   every engine; whether it can prefill for others, decode for them, or both
 
 Without them a client that hangs up between a prefill engine's answer and the decode engine's acceptance would leave its
 KV cache held until vLLM's lease ends, 30 s later. An engine that was started with vLLM's `--api-key` wants it here too.
@@ -15,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 
+from services.compatibility import kv_roles
 from services.engine_call import answered
 
 
@@ -35,6 +37,7 @@ def attach(app: FastAPI) -> None:
     """Adds the routes."""
     app.add_api_route("/requests/{request_id:path}/abort", _abort, methods=["POST"], status_code=204)
     app.add_api_route("/kv_leases/{lease_id}/release", _release, methods=["POST"], status_code=204)
+    app.add_api_route("/kv_roles", _read_roles, methods=["GET"])
 
 
 def init(engine_client: Any, state: Any, api_keys: Sequence[str]) -> None:
@@ -59,6 +62,10 @@ async def _abort(request: Request, request_id: str) -> Response:
     # The engine takes messages in order: with this answer, the abort before it has happened.
     await answered(engine.is_sleeping())
     return Response(status_code=204)
+
+
+async def _read_roles(request: Request) -> dict[str, list[str]]:
+    return {"roles": kv_roles(request.app.state.tknp_engine.vllm_config)}
 
 
 async def _release(request: Request, lease_id: str) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from services.release import EXTENSION
 from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
 
 
@@ -15,6 +16,7 @@ def run_decode(
     token_parallel_size: int = 1,
     side_channel_port: int | None = None,
     vllm_args: Sequence[str] = (),
+    kv_both: bool = False,
 ) -> None:
     """Serves until the process is told to end. Without a prefill pool it is an ordinary OpenAI server, which prefills
     itself.
@@ -25,6 +27,8 @@ def run_decode(
         token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
         side_channel_port: see `run_prefill`; None picks a free port.
         vllm_args: further options of vLLM's server, by vLLM's names.
+        kv_both: whether it can prefill for others too, so that a router may change its role; without token parallelism
+            it is then the same engine as `run_prefill`'s.
 
     Raises:
         UnsupportedConfigurationError: an option cannot be combined with token parallelism.
@@ -39,5 +43,8 @@ def run_decode(
 
     additional_config = json.loads(option_value(vllm_args, "--additional-config") or "{}")
     # Usage tells what was cached, as OpenAI's does; the prefill engine's share comes with the KV cache.
-    vllm_args = [*kv_transfer_option("kv_consumer", device, vllm_args), "--enable-prompt-tokens-details", *vllm_args]
+    transfer = kv_transfer_option("kv_both" if kv_both else "kv_consumer", device, vllm_args)
+    if kv_both and option_value(vllm_args, "--worker-extension-cls") is None:
+        transfer += ["--worker-extension-cls", EXTENSION]  # as prefill engines have it
+    vllm_args = [*transfer, "--enable-prompt-tokens-details", *vllm_args]
     serve(model, host, port, vllm_args, engine_args(options, additional_config))
