@@ -105,7 +105,7 @@ def test_vllms_options_pass_through_untouched(monkeypatch: pytest.MonkeyPatch) -
     args = called_with(
         monkeypatch, "services.prefill.service.run_prefill", ["prefill", "m", "--side-channel-port", "7", *options]
     )
-    assert args == ("m", "127.0.0.1", 8100, 7, options)
+    assert args == ("m", "127.0.0.1", 8100, 7, options, False)
 
 
 def test_an_error_of_the_engine_is_one_sentence(

@@ -49,6 +49,7 @@ class ApiReplay:
         self.gone_before = 0  # watches from an older version than this get what a compacted history answers
         self.pause = 0.0  # s between two pieces of an event
         self.ends_at_once = False  # every watch ends as soon as it began
+        self.is_mute = False  # watches get nothing, not even their end
 
     def start(self) -> None:
         replay = self
@@ -145,6 +146,8 @@ class Handler(BaseHTTPRequestHandler):
                 lines = self.api.lines(role, version, num_sent)
                 if not lines:
                     self.api._changed.wait(0.05)
+            while self.api.is_mute and not self._is_over():
+                time.sleep(0.05)
             for line in lines:
                 self.send_line(line)
             num_sent += len(lines)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from router.pod_watch import QUICK_END
+from router.settings import RouterSettings
 from router.types import Endpoint, Role
 from tests.router.api_replay import RECORDING, ApiReplay
 from tests.router.running import RunningRouter, running_router, wait_for
@@ -285,3 +286,41 @@ def test_while_the_api_server_is_away_engines_stay(cluster: Cluster) -> None:
     api.go_to("c joins")
     api.start()
     cluster.wait_for(a="prefill", b="decode", c="decode")
+
+
+def test_a_connection_that_was_lost_in_silence(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a proxy forgot it: nothing comes any more, and nothing says so."""
+    api = cluster.api
+    monkeypatch.setattr("router.pod_watch.WATCH_SECONDS", 1)
+    monkeypatch.setattr("router.pod_watch.LATE_SECONDS", 0.2)
+    api.go_to("a and b are ready")
+    cluster.wait_for(a="prefill", b="decode")
+    wait_for(lambda: api.num_watching() == 2)
+    api.cut_watches()  # those of now began with the limit of before
+    api.is_mute = True
+    wait_for(lambda: cluster.faults("unreachable") >= 4)
+    api.is_mute = False
+    api.go_to("c joins")
+    cluster.wait_for(a="prefill", b="decode", c="decode")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"discovery": "kubernetes"}, "needs --kubernetes-selector-decode"),
+        ({"kubernetes_selector_decode": "a=b"}, "need --discovery kubernetes"),
+        ({"discovery": "file"}, "go together"),
+        (
+            {"discovery": "kubernetes", "kubernetes_selector_decode": "a=b", "decode_urls": "http://a:1"},
+            "for --discovery",
+        ),
+        ({"discovery": "kubernetes", "kubernetes_selector_decode": "a=b"}, "finds no way to the API server"),
+    ],
+)
+def test_settings_that_can_not_be(
+    fields: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=said):
+        RouterSettings(**fields)

@@ -60,14 +60,12 @@ def test_engines_that_do_not_say_that_they_can_keep_their_role(
 
 
 def test_the_only_engine_of_a_model_keeps_its_role(start_stack: StartStack, caplog: pytest.LogCaptureFixture) -> None:
-    stack = start_stack(num_prefill=1, num_decode=2, wait_ready=False, **SETTINGS)
+    stack = start_stack(num_prefill=1, num_decode=2, models_interval=0.1, **SETTINGS)
     for engine, name in zip(stack.decode, ("tiny", "other"), strict=True):
         engine.ranks, engine.kv_roles = [RANK], BOTH
         engine.models = [{"id": name, "max_model_len": 4096}]
-    for found in stack.router.state.pool.engines:
-        found.mark_down("to be asked again")
-        found.suspected.set()
-    wait_for(lambda: all(e.is_up for e in stack.router.state.pool.engines))
+    (_, tiny, other) = stack.router.state.pool.engines
+    wait_for(lambda: list(other.models) == ["other"] and tiny.load.kv.rooms and other.load.kv.rooms)
     stack.prefill[0].behaviour = stall
     stuck = stack.router.open_stream(prompt="x" * 1000)
     wait_for(lambda: "it is the only one of its model" in caplog.text)
