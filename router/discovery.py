@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILE_INTERVAL = 1.0  # s until a change of the engine file is noticed
-STOP_SECONDS = 5.0  # that a thread gets to leave the call it is in; it dies with the process in any case
+STOP_SECONDS = 2.0  # that a thread gets to leave the call it is in; one that is just connecting dies with the process
 
 Found = Callable[[Collection[Endpoint]], None]
 
@@ -139,6 +139,24 @@ async def _stop(watches: list[PodWatch], threads: list[threading.Thread]) -> Non
         for watch in watches:  # again, because a call that is about to be made does not notice
             watch.stop()
         await asyncio.sleep(0.02)
+
+
+def check_discovery(settings: RouterSettings) -> None:
+    """Raises ValueError for options that don't go together, and for a cluster or a file that can't be read."""
+    if settings.discovery != "static" and (settings.prefill_urls or settings.decode_urls):
+        raise ValueError(f"--prefill-urls and --decode-urls are for --discovery static, not {settings.discovery}")
+    if (settings.discovery == "file") != (settings.engines_file is not None):
+        raise ValueError("--discovery file and --engines-file go together")
+    if settings.engines_file is not None:
+        read_engines(settings.engines_file)
+    if settings.discovery == "kubernetes":
+        if not settings.kubernetes_selector_decode:
+            raise ValueError("--discovery kubernetes needs --kubernetes-selector-decode")
+        from router.cluster import make_api_client
+
+        make_api_client()
+    elif settings.kubernetes_selector_prefill or settings.kubernetes_selector_decode:
+        raise ValueError("--kubernetes-selector-prefill and -decode need --discovery kubernetes")
 
 
 def make_discovery(settings: RouterSettings, registry: CollectorRegistry) -> Discovery:

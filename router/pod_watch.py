@@ -153,7 +153,7 @@ class PodWatch:
 
     def _tell(self) -> None:
         urls = frozenset(url for url in self._urls.values() if url is not None)
-        if urls != self._told:
+        if urls != self._told and not self._stopped.is_set():
             self._told = urls
             self._on_urls(urls)
 

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from router.cluster import make_api_client
-from router.engine_file import check_engine_url, read_engines
+from router.discovery import check_discovery
+from router.engine_file import check_engine_url
 from router.hosts import split_patterns
 from router.keys import read_keys
 from router.policies import load_policies
@@ -378,18 +378,7 @@ class RouterSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_discovery(self) -> Self:
-        if self.discovery != "static" and (self.prefill_urls or self.decode_urls):
-            raise ValueError(f"--prefill-urls and --decode-urls are for --discovery static, not {self.discovery}")
-        if (self.discovery == "file") != (self.engines_file is not None):
-            raise ValueError("--discovery file and --engines-file go together")
-        if self.engines_file is not None:
-            read_engines(self.engines_file)
-        if self.discovery == "kubernetes":
-            if not self.kubernetes_selector_decode:
-                raise ValueError("--discovery kubernetes needs --kubernetes-selector-decode")
-            make_api_client()
-        elif self.kubernetes_selector_prefill or self.kubernetes_selector_decode:
-            raise ValueError("--kubernetes-selector-prefill and -decode need --discovery kubernetes")
+        check_discovery(self)
         return self
 
     @field_validator("api_keys_file")

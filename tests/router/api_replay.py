@@ -57,8 +57,7 @@ class ApiReplay:
         class Bound(Handler):
             api = replay
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Bound)
-        self._server.daemon_threads = True
+        self._server = Server(("127.0.0.1", self.port), Bound)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -104,6 +103,13 @@ class ApiReplay:
         for recorded, real in self._ports.items():
             text = text.replace(recorded, real)
         return text
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = (
+        128  # where connections wait on a busy machine; a SYN that finds none free is lost for a second
+    )
 
 
 class Handler(BaseHTTPRequestHandler):

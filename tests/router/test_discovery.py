@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from router.lifetime import Moment
 from router.pod_watch import QUICK_END
 from router.settings import RouterSettings
 from router.types import Endpoint, Role
@@ -136,7 +137,7 @@ def test_an_engine_that_changes_its_role_ends_its_requests_first(cluster: Cluste
     while cluster.roles() == {"a": "prefill", "b": "decode"}:
         at_c = [record for record in records.in_flight() if record.engine(Role.DECODE) == Endpoint(Role.DECODE, c)]
         time.sleep(0.01)
-    assert not at_c
+    assert all(record.last is Moment.LAST_TOKEN for record in at_c), "it prefills while it still decodes"
     for raw in streams:
         assert STREAM[-1] in read_all(raw)
     cluster.wait_for(a="prefill", b="decode", c="prefill")
