@@ -29,8 +29,8 @@ def run_prefill(
     num_workers = int(option_value(vllm_args, "--tensor-parallel-size") or option_value(vllm_args, "-tp") or 1)
     device = prepare_environment(host, side_channel_port, num_workers)
     transfer = kv_transfer_option("kv_both" if kv_both else "kv_producer", device, vllm_args)
-    if kv_both:
-        transfer.append("--enable-prompt-tokens-details")  # as decode engines have it
     if transfer and option_value(vllm_args, "--worker-extension-cls") is None:
         transfer += ["--worker-extension-cls", EXTENSION]
+    if kv_both:
+        transfer.append("--enable-prompt-tokens-details")  # as decode engines have it
     serve(model, host, port, [*transfer, *vllm_args])
