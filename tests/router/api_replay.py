@@ -96,7 +96,7 @@ class ApiReplay:
     def lines(self, role: str, version: int, num_sent: int) -> list[str]:
         """Events up to where the replay is, newer than `version`, without those that were sent on this watch."""
         steps = RECORDING["events"][role][: self._at[role] + 1]
-        lines = [line for step in steps for line in step if _version(line) > version]
+        lines = [line for step in steps for line in step if version_of(line) > version]
         return [self._with_ports(line) for line in lines[num_sent:]]
 
     def _with_ports(self, text: str) -> str:
@@ -190,5 +190,5 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _version(line: str) -> int:
+def version_of(line: str) -> int:
     return int(json.loads(line)["object"]["metadata"]["resourceVersion"])

@@ -15,7 +15,7 @@ from router.lifetime import Moment
 from router.pod_watch import QUICK_END
 from router.settings import RouterSettings
 from router.types import Endpoint, Role
-from tests.router.api_replay import RECORDING, ApiReplay
+from tests.router.api_replay import RECORDING, ApiReplay, version_of
 from tests.router.running import RunningRouter, running_router, wait_for
 from tests.router.scripted_engine import ScriptedEngine, answer_either, chunk, raw_stream
 
@@ -174,7 +174,9 @@ def test_a_watch_that_the_server_ends_goes_on_from_the_last_version(cluster: Clu
     wait_for(lambda: len([call for call in api.calls if call.version]) >= 4)
     api.ends_at_once = False
     decode = [call.version for call in api.calls if call.role == "decode"]
-    assert decode[:3] == [None, "85", "132"], "list, watch from there, and from the last event"
+    listed = json.loads(RECORDING["lists"]["decode"][0])["metadata"]["resourceVersion"]
+    (ready,) = RECORDING["events"]["decode"][2]
+    assert decode[:3] == [None, listed, str(version_of(ready))], "list, watch from there, and from the last event"
 
 
 def test_bookmarks_move_the_version_on(cluster: Cluster) -> None:
@@ -186,7 +188,8 @@ def test_bookmarks_move_the_version_on(cluster: Cluster) -> None:
     cluster.wait_for(b="decode", c="prefill")
     time.sleep(QUICK_END)
     api.ends_at_once = True
-    wait_for(lambda: [call for call in api.calls if call.version == "214" and call.role == "decode"])
+    bookmark = str(version_of(RECORDING["events"]["decode"][-1][-1]))
+    wait_for(lambda: [call for call in api.calls if call.version == bookmark and call.role == "decode"])
     api.ends_at_once = False
 
 
