@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test soak install browser prometheus dashboards pictures lock chart clean
+.PHONY: help serve test soak install browser prometheus dashboards pictures lock chart test-kubernetes clean
 
 VENV ?= .venv
 PORT ?= 8000
@@ -23,7 +23,7 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 	@echo "  Settings: MODEL=<path or hub id> PORT=<8000> ARGS='<more options of tknp serve>' PYTHON=<python3.11>"
 
 serve: install $(if $(MODEL),,$(SMALL_MODEL)/model.safetensors) ## Install, make a small model, serve it on PORT (MODEL= for a real one)
@@ -38,6 +38,10 @@ test: install browser prometheus ## Everything that CI runs; stops at the first 
 
 soak: install ## Mixed traffic, hang-ups and engine faults on the real stack (PRESET=short, thousand or hour)
 	$(VENV)/bin/python -m tests.soak $(PRESET) --log-dir logs/soak --output logs/soak/summary.json
+
+test-kubernetes: install ## Discovery against a real Kubernetes API server, which is built first: 6 to 30 minutes, once
+	scripts/kube_apiserver.sh
+	TKNP_TEST_KUBERNETES=1 $(VENV)/bin/pytest tests/kubernetes
 
 install: $(STAMP) ## Make the virtual environment and install into it; does nothing when it is up to date
 

@@ -66,7 +66,7 @@ def _set_draining(request: Request, name: str, is_draining: bool) -> JSONRespons
         known = ", ".join(engine.endpoint.name for engine in state.pool.engines)
         raise NotFound(f"No engine {name!r} is known; there are: {known}.")
     for engine in engines:
-        engine.is_draining = is_draining
+        engine.is_paused = is_draining
         logger.info("engine %s is %s", name, "draining" if is_draining else "taking requests again")
     outstanding = sum(engine.num_outstanding for engine in engines)
     return JSONResponse({"engine": name, "draining": is_draining, "outstanding_requests": outstanding})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from router.breaker import CircuitBreaker
 from router.errors import EngineFailure, FailureKind, ModelNotFound, NoEngine
@@ -32,7 +32,8 @@ class Engine:
         self.endpoint = endpoint
         self.breaker = CircuitBreaker(breaker_failures)
         self.is_up = False
-        self.is_draining = False  # ends what it has, and gets nothing new
+        self.is_paused = False  # the operator wants it to end what it has
+        self.is_leaving = False  # discovery does: it is gone, is not ready, or is to have another role
         self.down_reason = "not checked yet"
         self.models: dict[str, JsonObject] = {}  # name -> vLLM's model card
         self.kv_traits: dict[str, str] = {}  # what must be equal on both sides of a hand-off; empty if it does not tell
@@ -41,6 +42,11 @@ class Engine:
         self.load = EngineLoad(endpoint.role)
         self.num_progress = 0  # grows while it generates for clients
         self.suspected = asyncio.Event()  # wakes the health check before its time
+
+    @property
+    def is_draining(self) -> bool:
+        """It ends what it has, and gets nothing new."""
+        return self.is_paused or self.is_leaving
 
     def mark_up(self, models: dict[str, JsonObject], kv_traits: dict[str, str]) -> None:
         self.models, self.kv_traits = models, kv_traits
@@ -89,8 +95,36 @@ class EnginePool:
     """All engines of both roles, and who chooses among them."""
 
     def __init__(self, endpoints: Sequence[Endpoint], chooser: Chooser, breaker_failures: int) -> None:
-        self.engines = [Engine(endpoint, breaker_failures) for endpoint in endpoints]
         self.chooser = chooser
+        self._breaker_failures = breaker_failures
+        self._changed = asyncio.Event()
+        self.engines = [Engine(endpoint, breaker_failures) for endpoint in endpoints]
+
+    def add(self, endpoint: Endpoint) -> Engine:
+        """It gets requests once a health check has found it up."""
+        engine = Engine(endpoint, self._breaker_failures)
+        self._replace([*self.engines, engine])
+        return engine
+
+    def remove(self, engine: Engine) -> None:
+        """Forgets an engine that has nothing left to do."""
+        self._replace([other for other in self.engines if other is not engine])
+
+    def _replace(self, engines: list[Engine]) -> None:
+        self.engines = engines  # a new list: /metrics may be walking the old one on a thread of its own
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def for_each(self, work: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
+        """Runs `work` for every engine from when it joins until it leaves. Never ends, unless `work` raises."""
+        running: dict[Engine, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as group:
+            while True:
+                changed, engines = self._changed, self.engines
+                for engine in running.keys() - set(engines):
+                    running.pop(engine).cancel()
+                running |= {engine: group.create_task(work(engine)) for engine in engines if engine not in running}
+                await changed.wait()
 
     def of(self, role: Role) -> list[Engine]:
         return [engine for engine in self.engines if engine.endpoint.role is role]

@@ -43,9 +43,7 @@ class HealthChecker:
 
     async def run(self) -> None:
         """Never ends."""
-        async with asyncio.TaskGroup() as group:
-            for engine in self._pool.engines:
-                group.create_task(EngineWatch(engine, self._session, self._settings).run())
+        await self._pool.for_each(lambda engine: EngineWatch(engine, self._session, self._settings).run())
 
 
 class EngineWatch:

@@ -38,14 +38,18 @@ class EngineHosts:
     """
 
     def __init__(self, endpoints: Iterable[Endpoint], patterns: Iterable[str]) -> None:
-        self._engine_hosts = {host for endpoint in endpoints if (host := urlsplit(endpoint.url).hostname)}
-        self._allowed = set(self._engine_hosts)  # exact, and what matched a pattern before
+        self.follow(endpoints)
         networks, names = split_patterns(patterns)
         self._networks, self._names = networks, names
+        self._lock = asyncio.Lock()
+
+    def follow(self, endpoints: Iterable[Endpoint]) -> None:
+        """From now on these are the engines; what was known of others is forgotten."""
+        self._engine_hosts = {host for endpoint in endpoints if (host := urlsplit(endpoint.url).hostname)}
+        self._allowed = set(self._engine_hosts)  # exact, and what matched a pattern before
         self._addresses: set[str] = set()
         self._looked_up_at = float("-inf")
         self._all_local = False
-        self._lock = asyncio.Lock()
 
     async def check(self, endpoint: Endpoint, params: JsonObject | None) -> None:
         """Raises EngineFailure if the `kv_transfer_params` that the engine answered with name a foreign host."""
@@ -88,7 +92,10 @@ class EngineHosts:
         return address in self._addresses or (self._all_local and is_local(address))
 
     async def _look_up(self) -> None:
-        found = await asyncio.gather(*(_resolve(host) for host in self._engine_hosts))
+        hosts = None
+        while hosts is not self._engine_hosts:  # others may have joined meanwhile
+            hosts = self._engine_hosts
+            found = await asyncio.gather(*(_resolve(host) for host in hosts))
         self._addresses = set().union(*found)
         self._all_local = all(addresses and all(map(is_local, addresses)) for addresses in found)
 

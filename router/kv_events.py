@@ -152,15 +152,12 @@ class KvEventWatcher:
             return
         context = zmq.asyncio.Context()
         try:
-            async with asyncio.TaskGroup() as group:
-                for engine in self._pool.engines:
-                    if engine.endpoint.role in self._roles:
-                        group.create_task(self._watch(engine, context))
+            await self._pool.for_each(lambda engine: self._watch(engine, context))
         finally:
             context.destroy(linger=0)
 
     async def _watch(self, engine: Engine, context: zmq.asyncio.Context) -> None:
-        while True:
+        while engine.endpoint.role in self._roles:
             pause = CHECK_INTERVAL
             if engine.is_up:
                 try:

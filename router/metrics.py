@@ -1,6 +1,7 @@
 """The router's metrics. Every value is derived from request records or read from the engine pool when scraped.
 
-Labels are bounded: engines come from the settings, everything else from an enum.
+Labels are bounded: engines come from the settings or discovery, which also says when they go, everything else from an
+enum.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from router.engines import Engine, EnginePool
     from router.lifetime import RequestRecord
     from router.records import RecordStore
+    from router.types import Endpoint
 
 # Seconds. From what a hand-off costs on one host to what a queue costs under overload.
 PHASE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -108,6 +110,10 @@ class RouterMetrics:
 
     def leg_ended(self, engine: Engine, outcome: Outcome) -> None:
         self._legs[engine.endpoint.role].labels(engine.endpoint.name, outcome).inc()
+
+    def engine_left(self, endpoint: Endpoint) -> None:
+        """Drops the series of an engine that is gone for good: a pod's address hardly comes back."""
+        self._legs[endpoint.role].remove_by_labels({"engine": endpoint.name})
 
     def retried(self, role: Role) -> None:
         self._retries[role].inc()

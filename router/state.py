@@ -15,6 +15,7 @@ from router.access import Access
 from router.admission import Admission
 from router.admission_metrics import AdmissionCollector, AdmissionMetrics
 from router.choice import Chooser
+from router.discovery import make_discovery
 from router.engines import EnginePool
 from router.guard import make_guard
 from router.handoff import Fleet
@@ -26,9 +27,11 @@ from router.kv_poll import KvPoller
 from router.leases import LeaseReleaser
 from router.load_metrics import LoadCollector
 from router.logs import log_request
+from router.membership import Membership
 from router.metrics import RouterMetrics, StateCollector
 from router.records import RecordStore
 from router.retries import RetryBudget
+from router.role_flips import RoleFlips
 from router.status import StatusBoard
 from router.token_ids import PromptTokenizer
 from router.tracing import make_tracing
@@ -57,6 +60,7 @@ class RouterState:
     tracing: Tracing
     guard: Guard
     board: StatusBoard
+    membership: Membership
     is_draining: bool = False  # /ready says no; requests are still taken
 
     def finish(self, record: RequestRecord) -> None:
@@ -93,15 +97,20 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         tracing = make_tracing(settings)
         guard = make_guard(settings, session, pool, registry)
         board = StatusBoard(pool, records, guard, session)
-        transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
+        membership = Membership(pool, records, hosts, metrics)
+        discovery = make_discovery(settings, registry)
+        transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         watchers = [
-            asyncio.create_task(watcher.run())
-            for watcher in (
-                HealthChecker(pool, session, settings),
-                KvPoller(pool, session, settings),
-                Introductions(pool, session, settings, hosts),
-                KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes),
+            asyncio.create_task(work)
+            for work in (
+                HealthChecker(pool, session, settings).run(),
+                KvPoller(pool, session, settings).run(),
+                Introductions(pool, session, settings, hosts).run(),
+                KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes).run(),
+                membership.run(),
+                discovery.run(membership.found),
+                RoleFlips(pool, membership, session, settings, registry).run(),
             )
         ]
         try:
@@ -116,7 +125,19 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
                 hosts,
             )
             yield RouterState(
-                settings, registry, pool, records, metrics, fleet, transfers, access, admission, tracing, guard, board
+                settings,
+                registry,
+                pool,
+                records,
+                metrics,
+                fleet,
+                transfers,
+                access,
+                admission,
+                tracing,
+                guard,
+                board,
+                membership,
             )
         finally:
             for watcher in watchers:

@@ -64,7 +64,9 @@ class StatusBoard:
     async def _refresh(self) -> None:
         if time.monotonic() >= self._poll_at:
             self._poll_at = time.monotonic() + POLL_SECONDS
-            await asyncio.gather(*(self._poll(engine) for engine in self._pool.engines))
+            engines = self._pool.engines
+            self._kv = {engine: kv for engine, kv in self._kv.items() if engine in engines}
+            await asyncio.gather(*(self._poll(engine) for engine in engines))
         self._body = orjson.dumps(self._status(), option=orjson.OPT_NON_STR_KEYS)  # enums
         self._fresh_until = time.monotonic() + CACHE_SECONDS
 

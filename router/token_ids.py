@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import orjson
 
@@ -37,7 +38,7 @@ class PromptTokenizer:
     def __init__(self, pool: EnginePool, session: aiohttp.ClientSession) -> None:
         self._pool = pool
         self._session = session
-        self._failed: set[Engine] = set()  # whose last answer was none, so that it is logged once
+        self._failed: WeakSet[Engine] = WeakSet()  # whose last answer was none, so that it is logged once
 
     async def complete(self, request: GenerationRequest) -> None:
         """Fills in `demand.token_ids` of a request whose prompt has blocks worth looking up, if an engine wants them.

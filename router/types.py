@@ -18,6 +18,10 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    @property
+    def other(self) -> Role:
+        return Role.DECODE if self is Role.PREFILL else Role.PREFILL
+
 
 class Api(StrEnum):
     """The ways to ask for tokens; the value is the path, the same on the router and on every engine."""

@@ -23,3 +23,16 @@ def kv_traits(vllm_config: Any) -> dict[str, str]:
         "KV cache dtype": str(cache.cache_dtype),
         "hybrid KV cache manager": "off" if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager else "on",
     }
+
+
+def kv_roles(vllm_config: Any) -> list[str]:
+    """What the engine can be in a hand-off: `prefill`, `decode`, or both, as `GET /kv_roles` answers.
+
+    It follows vLLM's `kv_role`. NIXL would let a `kv_producer` pull too, but its scheduler may then give blocks to a
+    pull that a step still writes to (v1/core/sched/scheduler.py, `defer_block_free`): only `kv_both` is good for both.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return []
+    is_able = {"prefill": transfer.is_kv_producer, "decode": transfer.is_kv_consumer}
+    return [role for role, able in is_able.items() if able]

@@ -13,7 +13,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from services.engine_call import answered
-from services.release import engine_of
+from services.release import KVLeaseWorker, engine_of
 
 
 class KVPeer(BaseModel):
@@ -39,6 +39,11 @@ class KVPeerWorker:
         get_kv_transfer_group().connect_peer(**peer)
 
 
+class KVBothWorker(KVLeaseWorker, KVPeerWorker):
+    """Of an engine that may offer and take KV cache."""
+
+
+EXTENSION_OF_BOTH = f"{KVBothWorker.__module__}.{KVBothWorker.__qualname__}"
 EXTENSION = f"{KVPeerWorker.__module__}.{KVPeerWorker.__qualname__}"
 
 

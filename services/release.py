@@ -1,7 +1,8 @@
-"""What a router asks of an engine when a request comes to nothing: to drop it, and the KV cache that is kept for it.
+"""What a router asks of an engine beside tokens: to drop a request that came to nothing, and the KV cache kept for it.
 
 `POST /requests/{id}/abort`        every engine; answers once the engine knows nothing of the request any more
 `POST /kv_leases/{id}/release`     prefill engines; the KV cache under this lease goes with the next step
+`GET  /kv_roles`                   every engine; whether it can prefill for others, decode for them, or both
 
 Without them a client that hangs up between a prefill engine's answer and the decode engine's acceptance would leave its
 KV cache held until vLLM's lease ends, 30 s later. An engine that was started with vLLM's `--api-key` wants it here too.
@@ -16,6 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 
+from services.compatibility import kv_roles
 from services.engine_call import answered
 
 
@@ -30,12 +32,14 @@ class KVLeaseWorker:
 
 
 EXTENSION = f"{KVLeaseWorker.__module__}.{KVLeaseWorker.__qualname__}"
+_RELEASING = (EXTENSION, "services.kv_peers.KVBothWorker")  # by its name, since that module builds on this one
 
 
 def attach(app: FastAPI) -> None:
     """Adds the routes."""
     app.add_api_route("/requests/{request_id:path}/abort", _abort, methods=["POST"], status_code=204)
     app.add_api_route("/kv_leases/{lease_id}/release", _release, methods=["POST"], status_code=204)
+    app.add_api_route("/kv_roles", _read_roles, methods=["GET"])
 
 
 def init(engine_client: Any, state: Any, api_keys: Sequence[str]) -> None:
@@ -64,9 +68,13 @@ async def _abort(request: Request, request_id: str) -> Response:
     return Response(status_code=204)
 
 
+async def _read_roles(request: Request) -> dict[str, list[str]]:
+    return {"roles": kv_roles(request.app.state.tknp_engine.vllm_config)}
+
+
 async def _release(request: Request, lease_id: str) -> Response:
     engine = engine_of(request)
-    if engine.vllm_config.parallel_config.worker_extension_cls != EXTENSION:
+    if engine.vllm_config.parallel_config.worker_extension_cls not in _RELEASING:
         raise HTTPException(404, "this engine keeps no KV cache under a lease that can be released")
     await answered(engine.collective_rpc("release_kv_lease", args=(lease_id,)))
     return Response(status_code=204)

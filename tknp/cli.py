@@ -37,6 +37,11 @@ SideChannelPort = Annotated[
 ]
 
 
+KvBoth = Annotated[
+    bool, typer.Option("--kv-both", help="Let a router with --flip-roles use this engine for prefill and for decode.")
+]
+
+
 @app.command(context_settings=_VLLM_OPTIONS, epilog=_VLLM_EPILOG)
 def serve(
     context: typer.Context,
@@ -125,6 +130,7 @@ def prefill(
     host: Host = "127.0.0.1",
     port: Port = 8100,
     side_channel_port: SideChannelPort = None,
+    kv_both: KvBoth = False,
 ) -> None:
     """Start one prefill engine.
 
@@ -134,7 +140,7 @@ def prefill(
     from services.prefill.service import run_prefill
 
     with _in_one_sentence():
-        run_prefill(model, host, port, side_channel_port, list(context.args))
+        run_prefill(model, host, port, side_channel_port, list(context.args), kv_both)
 
 
 @app.command(context_settings=_VLLM_OPTIONS, epilog=_VLLM_EPILOG)
@@ -154,17 +160,20 @@ def decode(
         ),
     ] = None,
     side_channel_port: SideChannelPort = None,
+    kv_both: KvBoth = False,
 ) -> None:
     """Start one decode engine.
 
     vLLM's OpenAI server, with its KV cache spread over token-parallel ranks.
     """
     model = _checked_model(model)
+    if kv_both and token_parallel_size > 1:
+        _fail("--kv-both needs --token-parallel-size 1: token-parallel ranks keep no KV cache for other engines")
     from services.decode.service import run_decode
 
     with _in_one_sentence():
         overlap = token_parallel_overlap_from
-        run_decode(model, host, port, token_parallel_size, side_channel_port, list(context.args), overlap)
+        run_decode(model, host, port, token_parallel_size, side_channel_port, list(context.args), overlap, kv_both)
 
 
 app.add_typer(bench_app, name="bench")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from services.kv_peers import EXTENSION
+from services.kv_peers import EXTENSION, EXTENSION_OF_BOTH
 from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
 
 
@@ -17,6 +17,7 @@ def run_decode(
     side_channel_port: int | None = None,
     vllm_args: Sequence[str] = (),
     overlap_from: int | None = None,
+    kv_both: bool = False,
 ) -> None:
     """Serves until the process is told to end. Without a prefill pool it is an ordinary OpenAI server, which prefills
     itself.
@@ -28,6 +29,8 @@ def run_decode(
         side_channel_port: see `run_prefill`; None picks a free port.
         vllm_args: further options of vLLM's server, by vLLM's names.
         overlap_from: see `TokenParallelOptions`.
+        kv_both: whether it can prefill for others too, so that a router may change its role; without token parallelism
+            it is then the same engine as `run_prefill`'s.
 
     Raises:
         UnsupportedConfigurationError: an option cannot be combined with token parallelism.
@@ -42,8 +45,8 @@ def run_decode(
 
     additional_config = json.loads(option_value(vllm_args, "--additional-config") or "{}")
     # Usage tells what was cached, as OpenAI's does; the prefill engine's share comes with the KV cache.
-    transfer = kv_transfer_option("kv_consumer", device, vllm_args)
+    transfer = kv_transfer_option("kv_both" if kv_both else "kv_consumer", device, vllm_args)
     if transfer and token_parallel_size == 1 and option_value(vllm_args, "--worker-extension-cls") is None:
-        transfer += ["--worker-extension-cls", EXTENSION]
+        transfer += ["--worker-extension-cls", EXTENSION_OF_BOTH if kv_both else EXTENSION]
     vllm_args = [*transfer, "--enable-prompt-tokens-details", *vllm_args]
     serve(model, host, port, vllm_args, engine_args(options, additional_config))

@@ -63,6 +63,7 @@ class ScriptedEngine:
         self.num_slow_checks = 0  # so many health checks from now on get no answer
         self.models: list[dict[str, Any]] = [{"id": MODEL, "object": "model", "max_model_len": 4096}]
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
+        self.kv_roles: Any = None  # of GET /kv_roles, None if there is no such route
         self.token_parallel: dict[str, Any] | None = None  # None as of stock vLLM
         self.num_looks = 0  # at either
         self.is_mute = False  # looks get no answer
@@ -102,6 +103,7 @@ class ScriptedEngine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/kv_traits", self._kv_traits)
+        app.router.add_get("/kv_roles", self._kv_roles)
         app.router.add_get("/token_parallel", self._ranks)
         app.router.add_get("/token_parallel/room", self._ranks)
         app.router.add_post("/token_parallel/transfers", self._transfers)
@@ -136,6 +138,9 @@ class ScriptedEngine:
 
     async def _kv_traits(self, request: web.Request) -> web.Response:
         return web.json_response(self.kv_traits, status=404 if self.kv_traits is None else 200)
+
+    async def _kv_roles(self, request: web.Request) -> web.Response:
+        return web.json_response(self.kv_roles, status=404 if self.kv_roles is None else 200)
 
     async def _ranks(self, request: web.Request) -> web.Response:
         self.num_looks += 1
@@ -234,6 +239,12 @@ async def answer_decode(engine: ScriptedEngine, request: web.Request, seen: Seen
         await asyncio.sleep(0)
     await response.write(b"data: [DONE]\n\n")
     return response
+
+
+async def answer_either(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+    """What an engine of both roles does: keep the KV cache if that is wanted, else answer."""
+    wants_kv = seen.body.get("kv_transfer_params", {}).get("do_remote_decode")
+    return await (answer_prefill if wants_kv else answer_decode)(engine, request, seen)
 
 
 async def start_stream(request: web.Request) -> web.StreamResponse:

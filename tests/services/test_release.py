@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from vllm.config import KVTransferConfig
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -61,6 +62,17 @@ def test_an_engine_without_our_workers_has_nothing_to_release() -> None:
     engine = Engine(extension="")
     assert client(engine).post("/kv_leases/abc/release").status_code == 404
     assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("kv_role", "roles"),
+    [("kv_producer", ["prefill"]), ("kv_consumer", ["decode"]), ("kv_both", ["prefill", "decode"]), (None, [])],
+)
+def test_an_engine_says_which_roles_it_can_take(kv_role: str | None, roles: list[str]) -> None:
+    engine = Engine()
+    transfer = None if kv_role is None else KVTransferConfig(kv_connector="NixlConnector", kv_role=kv_role)
+    engine.vllm_config.kv_transfer_config = transfer
+    assert client(engine).get("/kv_roles").json() == {"roles": roles}
 
 
 @pytest.mark.parametrize("path", ["/requests/r/abort", "/kv_leases/abc/release"])

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 URL, KEY = os.environ["URL"], os.environ.get("API_KEY", "")
 DEADLINE = time.monotonic() + float(os.environ["TIMEOUT_SECONDS"])
@@ -14,7 +15,7 @@ DEADLINE = time.monotonic() + float(os.environ["TIMEOUT_SECONDS"])
 UNVERIFIED = ssl._create_unverified_context()
 
 
-def ask(path, body=None):
+def ask(path: str, body: dict[str, Any] | None = None) -> Any:
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {KEY}"} if KEY else {})}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(URL + path, data, headers)
@@ -23,7 +24,7 @@ def ask(path, body=None):
         return json.load(answer)
 
 
-def reason(error):
+def reason(error: OSError) -> str:
     return error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
 
 
