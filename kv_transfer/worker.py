@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
 from tknp.common.partition import RankPlace, get_place
+from tknp.common.silence import SilenceLimit
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -52,6 +53,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
         self._num_readers = 1
+        self._silence_limit = SilenceLimit()
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, tuple[int, int]] = {}
         self._ended: dict[str, TransferRecord] = {}
@@ -95,6 +97,8 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
                 self._ensure_handshake(engine_id, peer.host, peer.port, peer.tp_size, peer.dcp_size, peer.pp_size)
             metadata.heartbeat_by_engine = {}
         self._lease_ids.update(metadata.lease_ids)
+        if self._begun or self._reqs_to_send:
+            self._silence_limit.apply()
         super().start_load_kv(metadata)
         if metadata.idle and self._idle_pause:
             time.sleep(self._idle_pause)
