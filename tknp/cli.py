@@ -59,6 +59,7 @@ def serve(
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for the output of each process.", show_default="logs/serve-<port>")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Place engines and ranks on the nodes of a Ray cluster.")] = False,
 ) -> None:
     """Start everything on this machine.
 
@@ -80,6 +81,7 @@ def serve(
         prompt=prompt,
         startup_timeout=startup_timeout,
         log_dir=log_dir,
+        ray=ray,
     )
     try:
         with _in_one_sentence():
@@ -145,16 +147,27 @@ def decode(
     port: Port = 8200,
     token_parallel_size: TokenParallelSize = 1,
     side_channel_port: SideChannelPort = None,
+    nnodes: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are spread over.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is; 0 serves.")] = 0,
+    master_addr: Annotated[str, typer.Option(help="Address of host 0, as the others reach it.")] = "127.0.0.1",
+    master_port: Annotated[int, typer.Option(min=1, max=65_534, help="A free port there, the next one too.")] = 29501,
 ) -> None:
     """Start one decode engine.
 
-    vLLM's OpenAI server, with its KV cache spread over token-parallel ranks.
+    vLLM's OpenAI server, with its KV cache spread over token-parallel ranks. On several hosts, start the same command
+    on each, with its own --node-rank.
     """
     model = _checked_model(model)
     from services.decode.service import run_decode
+    from services.decode.token_parallel.options import Nodes, UnsupportedConfigurationError
 
+    vllm_args = list(context.args)
     with _in_one_sentence():
-        run_decode(model, host, port, token_parallel_size, side_channel_port, list(context.args))
+        try:
+            nodes = Nodes(nnodes, node_rank, master_addr, master_port) if nnodes > 1 else None
+            run_decode(model, host, port, token_parallel_size, side_channel_port, vllm_args, nodes)
+        except UnsupportedConfigurationError as error:
+            _fail(str(error))
 
 
 app.add_typer(bench_app, name="bench")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
+from services.vllm_server import kv_transfer_option, option_value, parsed_args, prepare_environment, serve
+
+if TYPE_CHECKING:
+    from services.decode.token_parallel.options import Nodes
 
 
 def run_decode(
@@ -15,6 +19,7 @@ def run_decode(
     token_parallel_size: int = 1,
     side_channel_port: int | None = None,
     vllm_args: Sequence[str] = (),
+    nodes: Nodes | None = None,
 ) -> None:
     """Serves until the process is told to end. Without a prefill pool it is an ordinary OpenAI server, which prefills
     itself.
@@ -25,19 +30,34 @@ def run_decode(
         token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
         side_channel_port: see `run_prefill`; None picks a free port.
         vllm_args: further options of vLLM's server, by vLLM's names.
+        nodes: the hosts of this engine, if there are several; on all but the first this process serves no HTTP.
 
     Raises:
+        EngineDiedError: the engine stopped by itself.
         UnsupportedConfigurationError: an option cannot be combined with token parallelism.
     """
     from services.decode.token_parallel.options import TokenParallelOptions
 
-    options = TokenParallelOptions(token_parallel_size)
+    options = TokenParallelOptions(token_parallel_size, nodes=nodes)
+    num_local_ranks = token_parallel_size
+    if nodes is not None:
+        from services.decode.token_parallel.nodes import prepare_network
+
+        prepare_network(nodes)
+        num_local_ranks //= nodes.count
     tensor_parallel_size = int(option_value(vllm_args, "--tensor-parallel-size") or option_value(vllm_args, "-tp") or 1)
-    device = prepare_environment(host, side_channel_port, tensor_parallel_size * token_parallel_size)
+    device = prepare_environment(host, side_channel_port, tensor_parallel_size * num_local_ranks)
 
     from services.decode.token_parallel.engine_args import engine_args
 
     additional_config = json.loads(option_value(vllm_args, "--additional-config") or "{}")
     # Usage tells what was cached, as OpenAI's does; the prefill engine's share comes with the KV cache.
     vllm_args = [*kv_transfer_option("kv_consumer", device, vllm_args), "--enable-prompt-tokens-details", *vllm_args]
-    serve(model, host, port, vllm_args, engine_args(options, additional_config))
+    on_ray = option_value(vllm_args, "--distributed-executor-backend") == "ray"
+    overrides = engine_args(options, additional_config, on_ray)
+    if nodes is None or nodes.rank == 0:
+        serve(model, host, port, vllm_args, overrides)
+    else:
+        from services.decode.token_parallel.headless import run_ranks
+
+        run_ranks(parsed_args(model, host, port, vllm_args, overrides))
