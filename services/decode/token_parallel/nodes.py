@@ -82,7 +82,13 @@ class NodeWatch:
         if nodes.rank == 0:
             dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if dual else socket.AF_INET
-            self._listener = socket.create_server(("", watch_port(nodes)), family=family, dualstack_ipv6=dual)
+            try:
+                self._listener = socket.create_server(("", watch_port(nodes)), family=family, dualstack_ipv6=dual)
+            except OSError as error:
+                raise UnsupportedConfigurationError(
+                    f"port {watch_port(nodes)}, the one after --master-port, can't be had on this host: "
+                    f"{error.strerror}; choose another --master-port, the same on all hosts"
+                ) from error
         run = self._follow if self._listener is None else self._lead
         threading.Thread(target=run, daemon=True, name="token-parallel-nodes").start()
 

@@ -86,6 +86,13 @@ def test_strangers_and_second_ones_of_a_name_are_sent_away(watch: Callable[[int]
     assert news.empty()
 
 
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UnsupportedConfigurationError, match=f"port {port}, the one after --master-port"):
+            NodeWatch(Nodes(2, 0, "127.0.0.1", port - 1), lambda _: None, lambda: None)
+
+
 def test_an_address_that_only_this_host_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_HOST_IP", raising=False)
     with pytest.raises(UnsupportedConfigurationError, match=r"--master-addr is '127.0.0.1'.*can't reach"):
