@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ computes."""
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
 aborted."""
+
+_DISCONNECTED = "nixlRemoteDisconnectError"
+"""NIXL's exception, by name, since its module is called after the CUDA version."""
 
 
 @dataclass
@@ -110,6 +114,16 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
     def _read_blocks(self, *, expected_consumers: int, **kwargs: Any) -> bool:
         # The notification tells the prefill worker how many to wait for before it frees the blocks.
         return bool(super()._read_blocks(expected_consumers=expected_consumers * self._num_readers, **kwargs))
+
+    def _handle_failed_transfer(self, req_id: str, *args: Any, **kwargs: Any) -> bool:
+        # A connection that timed out stays dead, but NIXL 1.5 keeps the metadata by which vLLM sees that it has to
+        # shake hands again (_cleanup_remote_engines): this rank would never pull from that engine again.
+        meta = self._recving_metadata.get(req_id)
+        if type(sys.exception()).__name__ == _DISCONNECTED and meta is not None and meta.remote is not None:
+            engine_id = meta.remote.engine_id
+            if engine_id in self._remote_agents and engine_id not in self._invalid_remote_engines:
+                self._mark_remote_engine_invalid(engine_id, time.perf_counter())
+        return bool(super()._handle_failed_transfer(req_id, *args, **kwargs))
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         done: set[str] = set()

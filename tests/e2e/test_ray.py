@@ -36,8 +36,9 @@ def start_node(host: Host, head: Host, log_dir: Path) -> Service:
         else [f"--address={head.address}:{GCS_PORT}"]
     )
     size = ["--num-gpus=1", "--num-cpus=1", "--object-store-memory=80000000"]
+    environment = {**ENVIRONMENT, "VLLM_HOST_IP": host.address}
     command = host.command([*RAY, "start", "--block", f"--node-ip-address={host.address}", *role, *size])
-    return Service(f"ray-{host.index}", command, log_dir, GCS_PORT, ENVIRONMENT, host.address)
+    return Service(f"ray-{host.index}", command, log_dir, GCS_PORT, environment, host.address)
 
 
 def num_nodes(head: Host) -> int:
@@ -58,6 +59,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(models: Callable[[str], Path], log_dir: Path) -> Iterator[Cluster]:
     with hosts.hosts(3) as (head, *others), ExitStack() as undo:
+        undo.callback(shutil.rmtree, f"/tmp/{head.name}", ignore_errors=True)
         undo.callback(start_node(head, head, log_dir).stop)
         wait_for(lambda: num_nodes(head) == 1, START_SECONDS, "the head of the Ray cluster")
         for host in others:
@@ -69,7 +71,6 @@ def cluster(models: Callable[[str], Path], log_dir: Path) -> Iterator[Cluster]:
         command = head.command(tknp(*words, "--log-dir", str(log_dir), *ENGINE_OPTIONS))
         serve = Service("serve", command, log_dir, port, environment, head.address)
         undo.callback(serve.stop)
-        undo.callback(shutil.rmtree, f"/tmp/{head.name}", ignore_errors=True)
         wait_for(
             lambda: "until Ctrl-C" in serve.log.read_text() or serve.process.poll() is not None,
             START_SECONDS,
@@ -92,6 +93,6 @@ def test_ranks_on_two_ray_nodes_give_plain_vllm_s_tokens(cluster: Cluster, plain
 def test_an_engine_that_lost_a_rank_s_actor_ends(cluster: Cluster) -> None:
     pids = [rank["pid"] for rank in cluster.decode.get("/token_parallel")["ranks"]]
     subprocess.run(["kill", "-9", str(pids[1])], check=True)
-    assert cluster.serve.process.wait(60) == 1
+    assert cluster.serve.process.wait(START_SECONDS) == 1
     assert "a rank's Ray actor has died" in cluster.decode_log.read_text()
     assert "no decode engine is left" in cluster.serve.log.read_text()

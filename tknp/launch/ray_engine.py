@@ -8,6 +8,7 @@ by Ray. When this process ends, Ray ends the actor, and with it the command and 
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -35,12 +36,15 @@ def main() -> None:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    ray.init(address=os.environ["RAY_ADDRESS"], namespace=namespace, logging_level="WARNING")
+    ray.init(address=os.environ["RAY_ADDRESS"], namespace=namespace, logging_level=logging.WARNING)
     group = ray.util.get_placement_group(namespace)
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=int(bundle))
     actor = ray.remote(Engine).options(num_cpus=0, num_gpus=int(num_gpus), scheduling_strategy=strategy).remote()
     environment = {k: v for k, v in os.environ.items() if k.startswith(_CARRIED) and k not in _OF_A_NODE}
-    sys.exit(ray.get(actor.run.remote(words, environment)))
+    try:
+        sys.exit(ray.get(actor.run.remote(words, environment)))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ its own, decode engines here, with their ranks wherever vLLM's Ray executor find
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ def ray_places(prefill_needs: Sequence[int], decode_needs: Sequence[int], namesp
         raise CannotServeError("--ray needs Ray: pip install 'tknp[ray]', on every node") from error
     try:
         address = os.environ.get("RAY_ADDRESS") or "auto"
-        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="WARNING")
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise CannotServeError(
             "--ray needs a running Ray cluster with this machine in it: `ray start --head` on one, `ray start "
