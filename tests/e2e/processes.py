@@ -49,35 +49,8 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
         time.sleep(0.2)
 
 
-class Server:
-    """Whatever listens at `url`."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def get(self, path: str) -> Any:
-        reply = requests.get(self.url + path, timeout=60)
-        reply.raise_for_status()
-        return reply.json()
-
-    def post(self, path: str, body: Any, **kwargs: Any) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=300, **kwargs)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum of the samples of a metric that carry these labels; 0 if there is none."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        text = requests.get(self.url + "/metrics", timeout=60).text
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
-
-
-class Service(Server):
-    """One server process."""
+class Service:
+    """One server process; `url` is where it listens."""
 
     def __init__(
         self,
@@ -88,9 +61,9 @@ class Service(Server):
         env: Mapping[str, str] = {},
         address: str = "127.0.0.1",
     ) -> None:
-        super().__init__(f"http://{address}:{port}")
         self.name = name
         self.port = port
+        self.url = f"http://{address}:{port}"
         self.log = log_dir / f"{name}.log"
         # The guard ends the whole tree of processes, also when this test run is killed.
         guard = [sys.executable, "-m", "tknp.launch.guard", str(os.getpid())]
@@ -116,6 +89,26 @@ class Service(Server):
 
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def get(self, path: str) -> Any:
+        reply = requests.get(self.url + path, timeout=60)
+        reply.raise_for_status()
+        return reply.json()
+
+    def post(self, path: str, body: Any, **kwargs: Any) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=300, **kwargs)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the samples of a metric that carry these labels; 0 if there is none."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        text = requests.get(self.url + "/metrics", timeout=60).text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
     def stop(self) -> None:
         if self.process.poll() is None:

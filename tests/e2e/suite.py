@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tests.e2e.processes import Server
+from tests.e2e.processes import Service
 
 BLOCK = 32
 _VOCABULARY = range(5, 455)  # ids of the tiny models' tokenizer that are not special
@@ -69,7 +69,7 @@ def sampled() -> list[Ask]:
     ]
 
 
-def answer(service: Server, ask: Ask) -> list[list[int]]:
+def answer(service: Service, ask: Ask) -> list[list[int]]:
     """The token ids of each choice."""
     reply = service.post(ask.path, ask.body)
     assert reply.status_code == 200, reply.text
@@ -77,7 +77,7 @@ def answer(service: Server, ask: Ask) -> list[list[int]]:
     return [choice["token_ids"] for choice in choices]
 
 
-def answer_streamed(service: Server, ask: Ask) -> list[list[int]]:
+def answer_streamed(service: Service, ask: Ask) -> list[list[int]]:
     """As `answer`, streamed."""
     collected: dict[int, list[int]] = {}
     with service.post(ask.path, {**ask.body, "stream": True}, stream=True) as reply:
@@ -90,7 +90,7 @@ def answer_streamed(service: Server, ask: Ask) -> list[list[int]]:
     return [collected[index] for index in sorted(collected)]
 
 
-def answers(service: Server, asks: Sequence[Ask], at_once: int) -> list[list[list[int]]]:
+def answers(service: Service, asks: Sequence[Ask], at_once: int) -> list[list[list[int]]]:
     """The answers to all, of which `at_once` are under way together; seeded ones go alone (see `sampled`)."""
     if any("seed" in ask.body for ask in asks):
         seeded = [answer(service, ask) if "seed" in ask.body else [] for ask in asks]

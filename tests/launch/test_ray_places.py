@@ -12,7 +12,7 @@ from tknp.launch.ray_places import ray_places
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(CannotServeError, match=r"pip install 'tknp\[ray\]'"):
+    with pytest.raises(CannotServeError, match=r"pip install -e '.\[ray\]'"):
         ray_places([1], [2], "tknp-1")
 
 

@@ -31,7 +31,7 @@ def ray_places(prefill_needs: Sequence[int], decode_needs: Sequence[int], namesp
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise CannotServeError("--ray needs Ray: pip install 'tknp[ray]', on every node") from error
+        raise CannotServeError("--ray needs Ray on every node: pip install -e '.[ray]'") from error
     try:
         address = os.environ.get("RAY_ADDRESS") or "auto"
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
