@@ -46,10 +46,13 @@ def start_node(host: Host, head: Host, log_dir: Path) -> Service:
     return Service(f"ray-{host.index}", command, log_dir, GCS_PORT, environment(host), host.address)
 
 
-def num_nodes(head: Host) -> int:
-    status = [*RAY, "status", f"--address={head.address}:{GCS_PORT}"]
-    done = subprocess.run(head.command(status), capture_output=True, text=True)
-    return done.stdout.count("1 node_")
+def wait_for_nodes(head: Host, count: int) -> None:
+    status = head.command([*RAY, "status", f"--address={head.address}:{GCS_PORT}"])
+
+    def joined() -> bool:
+        return subprocess.run(status, capture_output=True, text=True).stdout.count("1 node_") == count
+
+    wait_for(joined, START_SECONDS, f"a cluster of {count} Ray nodes")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def nodes(log_dir: Path) -> Iterator[list[Host]]:
         undo.callback(shutil.rmtree, f"/tmp/{head.name}", ignore_errors=True)
         for count, host in enumerate((head, other), 1):
             undo.callback(start_node(host, head, log_dir).stop)
-            wait_for(lambda count=count: num_nodes(head) == count, START_SECONDS, f"{count} Ray nodes")
+            wait_for_nodes(head, count)
         yield [head, other]
 
 
