@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
 from tknp.common.partition import RankPlace, get_place
+from tknp.common.silence import SilenceLimit
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -46,6 +48,9 @@ sleeps 1 ms before it asks again (v1/engine/core.py, _process_engine_step)."""
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
 aborted."""
+
+_DISCONNECTED = "nixlRemoteDisconnectError"
+"""NIXL's exception, by name, since its module is called after the CUDA version."""
 
 
 @dataclass
@@ -90,6 +95,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
         self._reading = _OwnPull((), (), 1)
+        self._silence_limit = SilenceLimit()
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, tuple[int, int]] = {}
         self._ended: dict[str, TransferRecord] = {}
@@ -193,6 +199,8 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
                 self._ensure_handshake(engine_id, peer.host, peer.port, peer.tp_size, peer.dcp_size, peer.pp_size)
             metadata.heartbeat_by_engine = {}
         self._lease_ids.update(metadata.lease_ids)
+        if self._begun or self._reqs_to_send:
+            self._silence_limit.apply()
         super().start_load_kv(metadata)
         for request_id, slot in metadata.lease_slots.items():
             if request_id in self._reqs_to_send:
@@ -259,6 +267,16 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             offer.row_of(worker),
         )
         self._sum_reader.expect(request_id, pulled)
+
+    def _handle_failed_transfer(self, req_id: str, *args: Any, **kwargs: Any) -> bool:
+        # A connection that timed out stays dead, but NIXL 1.5 keeps the metadata by which vLLM sees that it has to
+        # shake hands again (_cleanup_remote_engines): this rank would never pull from that engine again.
+        meta = self._recving_metadata.get(req_id)
+        if type(sys.exception()).__name__ == _DISCONNECTED and meta is not None and meta.remote is not None:
+            engine_id = meta.remote.engine_id
+            if engine_id in self._remote_agents and engine_id not in self._invalid_remote_engines:
+                self._mark_remote_engine_invalid(engine_id, time.perf_counter())
+        return bool(super()._handle_failed_transfer(req_id, *args, **kwargs))
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         done: set[str] = set()

@@ -111,6 +111,15 @@ def serve(
         overrides: values of its options that are not the user's to give.
     """
     import uvloop
+
+    if uvloop.run(_serve(parsed_args(model, host, port, vllm_args, overrides))):
+        raise EngineDiedError(f"the engine on port {port} has died; the reason stands above, in the engine's own log")
+
+
+def parsed_args(
+    model: str, host: str, port: int, vllm_args: Sequence[str], overrides: Mapping[str, Any] | None = None
+) -> Any:
+    """vLLM's server options as its own parser gives them; see `serve`."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -123,8 +132,7 @@ def serve(
         setattr(args, name, value)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    if uvloop.run(_serve(args)):
-        raise EngineDiedError(f"the engine on port {port} has died; the reason stands above, in the engine's own log")
+    return args
 
 
 async def _serve(args: Any) -> bool:

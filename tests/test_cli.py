@@ -101,7 +101,7 @@ def test_vllms_options_pass_through_untouched(monkeypatch: pytest.MonkeyPatch) -
     options = ["--max-model-len", "2048", "--hf-overrides", '{"a": [1, "--port"]}', "--enforce-eager", "-tp=2", "-O3"]
     words = ["decode", "m", "--port", "9", *options[:3], "--token-parallel-size", "2", *options[3:]]
     args = called_with(monkeypatch, "services.decode.service.run_decode", words)
-    assert args == ("m", "127.0.0.1", 9, 2, None, options, None, False)
+    assert args == ("m", "127.0.0.1", 9, 2, None, options, None, False, None)
     args = called_with(
         monkeypatch, "services.prefill.service.run_prefill", ["prefill", "m", "--side-channel-port", "7", *options]
     )

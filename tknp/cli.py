@@ -64,6 +64,7 @@ def serve(
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for the output of each process.", show_default="logs/serve-<port>")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Place engines and ranks on the nodes of a Ray cluster.")] = False,
 ) -> None:
     """Start everything on this machine.
 
@@ -85,6 +86,7 @@ def serve(
         prompt=prompt,
         startup_timeout=startup_timeout,
         log_dir=log_dir,
+        ray=ray,
     )
     try:
         with _in_one_sentence():
@@ -161,19 +163,30 @@ def decode(
     ] = None,
     side_channel_port: SideChannelPort = None,
     kv_both: KvBoth = False,
+    nnodes: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are spread over.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is; 0 serves.")] = 0,
+    master_addr: Annotated[str, typer.Option(help="Address of host 0, as the others reach it.")] = "127.0.0.1",
+    master_port: Annotated[int, typer.Option(min=1, max=65_534, help="A free port there, the next one too.")] = 29501,
 ) -> None:
     """Start one decode engine.
 
-    vLLM's OpenAI server, with its KV cache spread over token-parallel ranks.
+    vLLM's OpenAI server, with its KV cache spread over token-parallel ranks. On several hosts, start the same command
+    on each, with its own --node-rank.
     """
     model = _checked_model(model)
     if kv_both and token_parallel_size > 1:
         _fail("--kv-both needs --token-parallel-size 1: token-parallel ranks keep no KV cache for other engines")
     from services.decode.service import run_decode
+    from services.decode.token_parallel.options import Nodes, UnsupportedConfigurationError
 
+    vllm_args = list(context.args)
     with _in_one_sentence():
-        overlap = token_parallel_overlap_from
-        run_decode(model, host, port, token_parallel_size, side_channel_port, list(context.args), overlap, kv_both)
+        try:
+            nodes = Nodes(nnodes, node_rank, master_addr, master_port) if nnodes > 1 else None
+            overlap = token_parallel_overlap_from
+            run_decode(model, host, port, token_parallel_size, side_channel_port, vllm_args, overlap, kv_both, nodes)
+        except UnsupportedConfigurationError as error:
+            _fail(str(error))
 
 
 app.add_typer(bench_app, name="bench")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from services.kv_peers import EXTENSION, EXTENSION_OF_BOTH
-from services.vllm_server import kv_transfer_option, option_value, prepare_environment, serve
+from services.vllm_server import kv_transfer_option, option_value, parsed_args, prepare_environment, serve
+
+if TYPE_CHECKING:
+    from services.decode.token_parallel.options import Nodes
 
 
 def run_decode(
@@ -18,6 +22,7 @@ def run_decode(
     vllm_args: Sequence[str] = (),
     overlap_from: int | None = None,
     kv_both: bool = False,
+    nodes: Nodes | None = None,
 ) -> None:
     """Serves until the process is told to end. Without a prefill pool it is an ordinary OpenAI server, which prefills
     itself.
@@ -31,15 +36,23 @@ def run_decode(
         overlap_from: see `TokenParallelOptions`.
         kv_both: whether it can prefill for others too, so that a router may change its role; without token parallelism
             it is then the same engine as `run_prefill`'s.
+        nodes: the hosts of this engine, if there are several; on all but the first this process serves no HTTP.
 
     Raises:
+        EngineDiedError: the engine stopped by itself.
         UnsupportedConfigurationError: an option cannot be combined with token parallelism.
     """
     from services.decode.token_parallel.options import TokenParallelOptions
 
-    options = TokenParallelOptions(token_parallel_size, overlap_from=overlap_from)
+    options = TokenParallelOptions(token_parallel_size, nodes=nodes, overlap_from=overlap_from)
+    num_local_ranks = token_parallel_size
+    if nodes is not None:
+        from services.decode.token_parallel.nodes import prepare_network
+
+        prepare_network(nodes)
+        num_local_ranks //= nodes.count
     tensor_parallel_size = int(option_value(vllm_args, "--tensor-parallel-size") or option_value(vllm_args, "-tp") or 1)
-    device = prepare_environment(host, side_channel_port, tensor_parallel_size * token_parallel_size)
+    device = prepare_environment(host, side_channel_port, tensor_parallel_size * num_local_ranks)
 
     from services.decode.token_parallel.engine_args import engine_args
 
@@ -49,4 +62,11 @@ def run_decode(
     if transfer and token_parallel_size == 1 and option_value(vllm_args, "--worker-extension-cls") is None:
         transfer += ["--worker-extension-cls", EXTENSION_OF_BOTH if kv_both else EXTENSION]
     vllm_args = [*transfer, "--enable-prompt-tokens-details", *vllm_args]
-    serve(model, host, port, vllm_args, engine_args(options, additional_config))
+    on_ray = option_value(vllm_args, "--distributed-executor-backend") == "ray"
+    overrides = engine_args(options, additional_config, on_ray)
+    if nodes is None or nodes.rank == 0:
+        serve(model, host, port, vllm_args, overrides)
+    else:
+        from services.decode.token_parallel.headless import run_ranks
+
+        run_ranks(parsed_args(model, host, port, vllm_args, overrides))

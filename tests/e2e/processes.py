@@ -53,11 +53,17 @@ class Service:
     """One server process; `url` is where it listens."""
 
     def __init__(
-        self, name: str, command: Sequence[str], log_dir: Path, port: int, env: Mapping[str, str] = {}
+        self,
+        name: str,
+        command: Sequence[str],
+        log_dir: Path,
+        port: int,
+        env: Mapping[str, str] = {},
+        address: str = "127.0.0.1",
     ) -> None:
         self.name = name
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{address}:{port}"
         self.log = log_dir / f"{name}.log"
         # The guard ends the whole tree of processes, also when this test run is killed.
         guard = [sys.executable, "-m", "tknp.launch.guard", str(os.getpid())]

@@ -168,3 +168,16 @@ def test_statistics_are_lists_by_name_and_metrics_are_made_by_these_classes() ->
     text = inspect.getsource(NixlPromMetrics)
     require("self._histogram_cls(" in text and "self._counter_cls(" in text, "classes of metrics", METRICS)
     require(parameters(NixlPromMetrics.observe) == ["transfer_stats_data", "engine_idx"], "observe", METRICS)
+
+
+def test_a_lost_connection_is_known_by_this_exception_where_failures_are_handled() -> None:
+    from vllm.distributed.nixl_utils import NixlWrapper
+
+    from kv_transfer.worker import _DISCONNECTED
+
+    api: Any = inspect.getmodule(NixlWrapper)
+    require(hasattr(api.nixlBind, _DISCONNECTED), f"NIXL's {_DISCONNECTED}", WORKER)
+    for method in (Worker._read_blocks, Worker._pop_done_transfers):
+        handled = source(method).partition("except Exception")[2]
+        require("self._handle_failed_transfer(" in handled, f"who handles failures in {method.__name__}", WORKER)
+    require(parameters(Worker._mark_remote_engine_invalid) == ["engine_id", "now"], "its parameters", WORKER)

@@ -39,6 +39,7 @@ class FakePeer:
         self.states: dict[int, str] = {}
         self.sizes: dict[int, int] = {}
         self.notifications: list[bytes] = []
+        self.forgotten: list[str] = []
 
     def check_xfer_state(self, handle: int) -> str:
         return self.states.get(handle, "PROC")
@@ -48,6 +49,12 @@ class FakePeer:
 
     def release_xfer_handle(self, handle: int) -> None:
         pass
+
+    def check_remote_metadata(self, agent: str) -> bool:
+        return True
+
+    def remove_remote_agent(self, agent: str) -> None:
+        self.forgotten.append(agent)
 
     def get_new_notifs(self) -> dict[str, list[bytes]]:
         return {}
@@ -159,6 +166,24 @@ def test_a_failed_pull_names_its_blocks_by_their_global_ids_and_leaves_no_record
     assert worker.half.get_block_ids_with_load_errors() == {11, 12}
     assert worker.half.take_report() is None
     assert worker.remembered() == []
+
+
+@pytest.mark.parametrize("disconnected", [True, False])
+def test_a_connection_that_is_lost_is_made_anew(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, disconnected: bool
+) -> None:
+    lost = type(kv_worker._DISCONNECTED if disconnected else "nixlBackendError", (RuntimeError,), {})
+    monkeypatch.setattr(worker.peer, "check_xfer_state", lambda _: (_ for _ in ()).throw(lost()))
+    worker.half._remote_agents["prefill"] = {(0, 0): "agent"}
+    worker.half._engine_by_address["h", 1] = "prefill"
+    monkeypatch.setattr(worker.half.transfer_topo, "unregister_remote_engine", lambda _: None, raising=False)
+    worker.order(a=(Pull(1, 1), [11]), b=(Pull(1, 1), [12]))
+    worker.transfer("a", 1)
+    worker.transfer("b", 2)
+    assert worker.half.get_transfer_results().failed_recving == {"a", "b"}
+    # Without a delay, for the first time.
+    assert worker.peer.forgotten == (["agent"] if disconnected else [])
+    assert ("prefill" in worker.half._remote_agents) is not disconnected
 
 
 def test_a_pull_whose_handshake_fails_is_reported_as_failed(worker: Worker) -> None:

@@ -26,6 +26,7 @@ class ServeOptions:
     prompt: str
     startup_timeout: float  # seconds
     log_dir: Path | None
+    ray: bool = False
 
     @property
     def logs(self) -> Path:

@@ -9,9 +9,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from tknp.launch.defaults import environment, is_cpu_build, vllm_options
-from tknp.launch.devices import assign_devices, visible_devices
 from tknp.launch.options import CannotServeError, ServeOptions
-from tknp.launch.ports import choose_ports, is_free
+from tknp.launch.places import local_places
+from tknp.launch.ports import is_free
+from tknp.launch.ray_places import ray_places
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ def plan_children(options: ServeOptions, scratch: str) -> list[ChildSpec]:
     """The router first, then the engines; `scratch` is a folder for their temporary files.
 
     Raises:
-        CannotServeError: the port is taken, or the engines need more GPUs than there are.
+        CannotServeError: the port is taken, or the engines need more GPUs than there are, here or on the Ray cluster.
     """
     if not is_free(options.host, options.port):
         raise CannotServeError(f"port {options.port} is in use; choose another with --port")
@@ -73,27 +74,30 @@ def plan_children(options: ServeOptions, scratch: str) -> list[ChildSpec]:
 def _plan_engines(options: ServeOptions, cpu: bool, scratch: str) -> list[ChildSpec]:
     own_args = {Role.PREFILL: options.prefill_args, Role.DECODE: options.decode_args}
     roles = [Role.PREFILL] * options.prefill_replicas + [Role.DECODE] * options.decode_replicas
-    ports = choose_ports(2 * len(roles))
     tensor_parallel = {role: _tensor_parallel_size((*options.vllm_args, *own_args[role])) for role in own_args}
     num_ranks = {Role.PREFILL: 1, Role.DECODE: options.token_parallel_size}
     needs = [tensor_parallel[role] * num_ranks[role] for role in roles]
-    devices = [[] for _ in roles] if cpu else assign_devices(needs, visible_devices())
+    if options.ray:
+        count = options.prefill_replicas
+        places = ray_places(needs[:count], needs[count:], f"tknp-{options.port}")
+        own_args[Role.DECODE] = (*own_args[Role.DECODE], "--distributed-executor-backend", "ray")
+    else:
+        places = local_places(needs, cpu)
     children = []
-    for index, role in enumerate(roles):
-        port, side_channel = ports[2 * index : 2 * index + 2]
+    for index, (role, place) in enumerate(zip(roles, places, strict=True)):
         given = (*options.vllm_args, *own_args[role])
-        variables = environment(options.model, cpu, os.environ) | {"TMPDIR": scratch}
-        if devices[index]:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[index])
         command = (
-            *(*_TKNP, role, options.model, "--host", "127.0.0.1"),
-            *("--port", str(port), "--side-channel-port", str(side_channel)),
+            *(*place.launcher, "-m", "tknp", role, options.model, "--host", place.address),
+            *("--port", str(place.port), "--side-channel-port", str(place.side_channel_port)),
             *(("--token-parallel-size", str(options.token_parallel_size)) if role is Role.DECODE else ()),
             *vllm_options(options.model, cpu, given),
             *given,
         )
+        # Ray takes the environment to other machines, where this folder is not.
+        temporary = {} if options.ray else {"TMPDIR": scratch}
+        variables = environment(options.model, cpu, os.environ) | temporary | dict(place.environment)
         name = f"{role}-{roles[:index].count(role)}"
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://{place.address}:{place.port}"
         children.append(ChildSpec(name, role, command, url, "/health", options.logs / f"{name}.log", variables))
     return children
 

@@ -10,11 +10,14 @@ from services.decode.token_parallel.options import TokenParallelOptions
 _PACKAGE = "services.decode.token_parallel"
 
 
-def engine_args(options: TokenParallelOptions, additional_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def engine_args(
+    options: TokenParallelOptions, additional_config: Mapping[str, Any] | None = None, on_ray: bool = False
+) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs`; none where `options.size` is 1, which is plain vLLM.
 
     Args:
         additional_config: the user's own, which ours is added to.
+        on_ray: the ranks are actors on a Ray cluster, instead of processes here.
     """
     if options.size == 1:
         return {}
@@ -22,9 +25,10 @@ def engine_args(options: TokenParallelOptions, additional_config: Mapping[str, A
 
     # vLLM takes async scheduling from the scheduler's base class; it is always off on CPU.
     scheduler = "TokenParallelScheduler" if current_platform.is_cpu() else "AsyncTokenParallelScheduler"
+    executor = "ray_executor.RayTokenParallelExecutor" if on_ray else "executor.TokenParallelExecutor"
     return {
         "worker_cls": f"{_PACKAGE}.worker.TokenParallelWorker",
         "scheduler_cls": f"{_PACKAGE}.scheduler.{scheduler}",
-        "distributed_executor_backend": f"{_PACKAGE}.executor.TokenParallelExecutor",
+        "distributed_executor_backend": f"{_PACKAGE}.{executor}",
         "additional_config": {**(additional_config or {}), **options.as_config()},
     }

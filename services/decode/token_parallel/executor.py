@@ -1,61 +1,52 @@
-"""vLLM's multi-process executor for T tensor-parallel x P token-parallel workers.
+"""vLLM's multi-process executor for T tensor-parallel x P token-parallel workers, of one host or of several.
 
-Worker `rank = token_parallel_rank * T + tensor_parallel_rank`. vLLM itself believes in the T workers of the root: it
-hears only their specs and tokens, and the sum of all ranks' memory.
+With `--nnodes N` each host starts P / N ranks, the first one the root's. vLLM takes several nodes with its own executor
+alone, so its configuration learns of them here, where it has been checked.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import multiprocessing.connection
 import threading
-from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_config_from_groups,
-    get_max_concurrency_for_kv_cache_config,
-)
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from services.decode.token_parallel.engine_state import get_engine_state
-from services.decode.token_parallel.options import TokenParallelOptions, refuse_unsupported
-from services.decode.token_parallel.pace import root_work_in_blocks
-from tknp.common.partition import BlockPartition, get_partition, set_partition
+from services.decode.token_parallel.nodes import NodeWatch
+from services.decode.token_parallel.ranks_as_one import RanksAsOne, end_engine_core
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class TokenParallelExecutor(MultiprocExecutor):
+class TokenParallelExecutor(RanksAsOne):
     """Select with `--distributed-executor-backend`; `tknp decode` does."""
 
-    def _init_executor(self) -> None:
-        refuse_unsupported(self.vllm_config)
-        self._options = TokenParallelOptions.of(self.vllm_config)
-        self._num_root_workers: int = self.parallel_config.world_size
-        # Workers size their torch.distributed world, and vLLM its queues, by this; the engine core reads it no more.
-        self.parallel_config.world_size = self._num_root_workers * self._options.size
-        super()._init_executor()
+    _node_watch: NodeWatch | None = None
 
-    def _get_parallel_sizes(self) -> tuple[int, int, int]:
-        tensor, pipeline, prefill_context = super()._get_parallel_sizes()
-        # vLLM only multiplies the three and compares with the world size.
-        return tensor, pipeline * self._options.size, prefill_context
+    def _start_workers(self) -> None:
+        nodes = self._options.nodes
+        if nodes is not None:
+            parallel = self.parallel_config
+            parallel.nnodes, parallel.node_rank = nodes.count, nodes.rank
+            parallel.master_addr, parallel.master_port = nodes.master_addr, nodes.master_port
+            self._node_watch = NodeWatch(nodes, self._lose_node, self.shutdown)
+        super()._start_workers()
 
-    def _get_output_rank(self) -> int:
-        return 0
+    def _lose_node(self, reason: str) -> None:
+        logger.error(
+            "token parallelism: %s. The KV cache there is lost, so this engine stops; its requests can be retried on "
+            "another decode engine.",
+            reason,
+        )
+        # They may wait for rows that never come. vLLM's monitor sees their end.
+        for process in multiprocessing.active_children():
+            process.kill()
+        if self.parallel_config.node_rank == 0:
+            end_engine_core()
 
     def start_worker_monitor(self, inline: bool = False) -> None:
-        names = {w.proc.sentinel: self._describe(w.rank, w.proc.pid) for w in self.workers}
+        names = {w.proc.sentinel: f"{self._describe(w.rank)}, pid {w.proc.pid}" for w in self.workers}
         threading.Thread(target=self._report_death, args=(names,), daemon=True, name="token-parallel-monitor").start()
         super().start_worker_monitor(inline)
-
-    def _describe(self, rank: int, pid: int) -> str:
-        token_parallel_rank, tensor_parallel_rank = divmod(rank, self._num_root_workers)
-        role = "root" if token_parallel_rank == 0 else "KV worker"
-        place = f"token-parallel rank {token_parallel_rank}, tensor-parallel rank {tensor_parallel_rank}"
-        return f"{role} of {place}, pid {pid}"
 
     def _report_death(self, names: dict[int, str]) -> None:
         died = multiprocessing.connection.wait(list(names))
@@ -67,125 +58,7 @@ class TokenParallelExecutor(MultiprocExecutor):
                 " and the ".join(names[sentinel] for sentinel in died if isinstance(sentinel, int)),
             )
 
-    # -- what the engine core asks at start: P ranks look like one --
-
-    def get_kv_cache_specs(self) -> list[Any]:
-        return list(super().get_kv_cache_specs()[: self._num_root_workers])
-
-    def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        return list(super().get_supported_kv_cache_layouts()[: self._num_root_workers])
-
-    def determine_available_memory(self) -> list[int]:
-        """Bytes for KV cache of each root worker together with its KV workers."""
-        available = super().determine_available_memory()
-        self._available = [available[i :: self._num_root_workers] for i in range(self._num_root_workers)]
-        return [sum(ranks) for ranks in self._available]
-
-    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
-        """Divides the blocks that the engine core planned for the sum of the ranks."""
-        bytes_per_block = [c.kv_cache_tensors[0].size // c.num_blocks for c in kv_cache_configs]
-        partition = self._divide(kv_cache_configs[0].num_blocks, bytes_per_block)
-        # One request must fit on at least one rank, or it would wait for ever.
-        largest = copy.copy(kv_cache_configs[0])
-        largest.num_blocks = max(partition.num_blocks) - 1
-        room = get_max_concurrency_for_kv_cache_config(self.vllm_config, largest)
-        if room < 1:
-            limit = self.vllm_config.model_config.max_model_len
-            raise ValueError(
-                f"--max-model-len is {limit} tokens, but a request lives on one of the {partition.size} token-parallel "
-                f"ranks and the largest holds about {int(room * limit)} ({largest.num_blocks} KV blocks); lower "
-                "--max-model-len or give the ranks more memory"
-            )
-        set_partition(partition)
-        plans = [
-            self._plan(config, blocks, bytes_per_block[i])
-            for blocks in partition.num_blocks
-            for i, config in enumerate(kv_cache_configs)
-        ]
-        for plan in plans:
-            plan.token_parallel_partition = partition
-        logger.info("token parallelism: KV blocks per rank %s", partition.num_blocks)
-        super().initialize_from_config(plans)
-
-    def compile_or_warm_up_model(self) -> None:
-        super().compile_or_warm_up_model()
-        # The scheduler is made after this.
-        partition = get_partition()
-        paces = super().collective_rpc("token_parallel_pace")
-        dense, per_block = paces[0], [pace for pace in paces[self._num_root_workers :] if pace is not None]
-        if partition is not None and dense is not None and per_block:
-            work = root_work_in_blocks(dense, per_block)
-            set_partition(dataclasses.replace(partition, root_work=work))
-            logger.info(
-                "token parallelism: the root's matrix products take %.1f ms, as long as attention to %d KV blocks, so "
-                "it is given that much less of it",
-                dense * 1e3,
-                work,
-            )
-
-    def _divide(self, total: int, bytes_per_block: list[int]) -> BlockPartition:
-        room = [
-            min(ranks[rank] // bytes_per_block[i] for i, ranks in enumerate(self._available))
-            for rank in range(self._options.size)
-        ]
-        wanted = self._options.blocks_per_rank
-        if wanted is None and self.cache_config.num_gpu_blocks_override:
-            wanted = tuple(total // len(room) + (rank < total % len(room)) for rank in range(len(room)))
-        wanted = wanted or tuple(room)
-        if any(want > have for want, have in zip(wanted, room, strict=True)) or min(wanted) < 2:
-            raise ValueError(
-                f"the token-parallel ranks are to have {list(wanted)} KV blocks, at least 2 each, but their memory "
-                f"holds {room}; give a rank more memory or ask for fewer blocks"
-            )
-        return BlockPartition(wanted)
-
-    def _plan(self, config: Any, num_blocks: int, bytes_per_block: int) -> Any:
-        """`config` for a worker with `num_blocks`: vLLM's planner lays the layers out for the smaller size."""
-        vllm_config = copy.copy(self.vllm_config)
-        vllm_config.cache_config = copy.copy(self.cache_config)
-        vllm_config.cache_config.num_gpu_blocks_override = None  # it is the total, already divided
-        plan = get_kv_cache_config_from_groups(vllm_config, config.kv_cache_groups, num_blocks * bytes_per_block)
-        for name in ("kv_cache_layout", "hash_block_size", "cache_hit_alignment_tokens", "kv_tp_replicas"):
-            setattr(plan, name, getattr(config, name))
-        return plan
-
-    # -- status --
-
-    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, with calls that ask for what the scheduler, in this process, knows: no worker is disturbed."""
-        if method == "token_parallel_transfers":
-            return [self._transfer_records(*kwargs.get("args", ()) or args[1])]
-        if method == "token_parallel_room":
-            return self._room()
-        replies = super().collective_rpc(method, *args, **kwargs)
-        if method == "token_parallel_status" and (room := self._room()):
-            for status in replies:
-                status.update(room[status["rank"]])
-        return replies
-
-    def _transfer_records(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
-        state = get_engine_state()
-        if state is None or state.connector is None or state.connector.connector_scheduler is None:
-            return {}
-        records = state.connector.connector_scheduler.records
-        return {name: dataclasses.asdict(records[name]) for name in request_ids if name in records}
-
-    def _room(self) -> list[dict[str, int]]:
-        """Blocks and requests of each rank; empty while there is no scheduler yet."""
-        state = get_engine_state()
-        if state is None:
-            return []
-        manager = state.kv_cache_manager
-        ranks = zip(
-            manager.partition.num_blocks, manager.free_blocks_per_rank(), manager.requests_per_rank(), strict=True
-        )
-        return [
-            {
-                "rank": rank,
-                "block_size": self.cache_config.block_size,
-                "num_blocks": num_blocks - 1,  # the null block is nobody's
-                "num_free_blocks": num_free,
-                "num_requests": num_requests,
-            }
-            for rank, (num_blocks, num_free, num_requests) in enumerate(ranks)
-        ]
+    def shutdown(self) -> None:
+        if self._node_watch is not None:
+            self._node_watch.close(orderly=not self.is_failed)
+        super().shutdown()

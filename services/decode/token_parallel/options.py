@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 # Where the settings travel in vLLM's configuration: `--additional-config '{"token_parallel": {...}}'` reaches every
@@ -15,6 +15,29 @@ class UnsupportedConfigurationError(ValueError):
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """The hosts of one engine, by vLLM's names: `--nnodes`, `--node-rank`, `--master-addr`, `--master-port`.
+
+    Attributes:
+        count: number of hosts.
+        rank: this host's; 0 holds the root, serves HTTP and schedules.
+        master_addr: address of host 0 as the others reach it.
+        master_port: a free TCP port there; the next one must be free too.
+    """
+
+    count: int
+    rank: int
+    master_addr: str
+    master_port: int = 29501
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.count:
+            raise UnsupportedConfigurationError(
+                f"--node-rank is {self.rank}; with --nnodes {self.count} it is one of 0 to {self.count - 1}"
+            )
+
+
+@dataclass(frozen=True)
 class TokenParallelOptions:
     """Settings of token parallelism.
 
@@ -23,11 +46,13 @@ class TokenParallelOptions:
         blocks_per_rank: KV blocks of each rank, root first; None gives every rank what its memory holds.
         overlap_from: rows from which a decode step on GPUs runs in two micro-batches, so that the root computes matrix
             products while the others attend; 0 is never, None where it should pay (micro_batch.overlap_threshold).
+        nodes: the hosts that the ranks are spread over; None where there is only one, or Ray places them.
     """
 
     size: int = 1
     blocks_per_rank: tuple[int, ...] | None = None
     overlap_from: int | None = None
+    nodes: Nodes | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -35,6 +60,11 @@ class TokenParallelOptions:
         if self.blocks_per_rank is not None and len(self.blocks_per_rank) != self.size:
             raise UnsupportedConfigurationError(
                 f"blocks_per_rank names {len(self.blocks_per_rank)} ranks, but --token-parallel-size is {self.size}"
+            )
+        if self.nodes is not None and self.size % self.nodes.count:
+            raise UnsupportedConfigurationError(
+                f"--nnodes is {self.nodes.count}, but every host gets as many token-parallel ranks as the others and "
+                f"--token-parallel-size is {self.size}; make it a multiple"
             )
 
     @classmethod
@@ -44,11 +74,12 @@ class TokenParallelOptions:
         given = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
         if not given:
             return cls()
-        blocks = given.get("blocks_per_rank")
+        blocks, nodes = given.get("blocks_per_rank"), given.get("nodes")
         return cls(
             size=int(given["size"]),
             blocks_per_rank=tuple(blocks) if blocks else None,
             overlap_from=given.get("overlap_from"),
+            nodes=Nodes(**nodes) if nodes else None,
         )
 
     def as_config(self) -> dict[str, Any]:
@@ -58,6 +89,8 @@ class TokenParallelOptions:
             config["blocks_per_rank"] = list(self.blocks_per_rank)
         if self.overlap_from is not None:
             config["overlap_from"] = self.overlap_from
+        if self.nodes is not None:
+            config["nodes"] = asdict(self.nodes)
         return {CONFIG_KEY: config}
 
 

@@ -22,6 +22,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase, WorkerWrapp
 
 from services.decode.token_parallel.executor import TokenParallelExecutor
 from services.decode.token_parallel.kv_worker import KVWorker
+from services.decode.token_parallel.ranks_as_one import RanksAsOne
 from services.decode.token_parallel.worker import RootWorker
 from tests.services.contract import calls, parameters, require, require_all, source
 
@@ -62,6 +63,7 @@ EXECUTOR_HOOKS = {
     "get_supported_kv_cache_layouts": [],
     "determine_available_memory": [],
     "initialize_from_config": ["kv_cache_configs"],
+    "shutdown": [],
 }
 
 
@@ -95,7 +97,7 @@ def test_a_kv_worker_takes_the_arguments_that_the_root_takes(name: str) -> None:
 def test_the_executor_s_hooks_exist_as_they_are_overridden(name: str) -> None:
     require(hasattr(MultiprocExecutor, name), f"MultiprocExecutor.{name} is gone", EXECUTOR)
     require(parameters(getattr(MultiprocExecutor, name)) == EXECUTOR_HOOKS[name], f"parameters of {name}", EXECUTOR)
-    assert name in vars(TokenParallelExecutor), "an override that is gone; take it off the list"
+    assert name in vars(TokenParallelExecutor) | vars(RanksAsOne), "an override that is gone; take it off the list"
 
 
 def test_the_executor_sizes_everything_by_the_configured_world() -> None:
@@ -105,6 +107,30 @@ def test_the_executor_sizes_everything_by_the_configured_world() -> None:
     require("tp_size * pp_size * pcp_size" in init, "the check of the world size", EXECUTOR)
     require("self.start_worker_monitor()" in init, "who starts the monitor", EXECUTOR)
     require("self.output_rank = self._get_output_rank()" in init, "who takes the tokens", EXECUTOR)
+
+
+def test_several_nodes_are_a_matter_of_the_parallel_config_that_workers_get() -> None:
+    init = source(MultiprocExecutor._init_executor) + source(MultiprocExecutor._get_parallel_sizes)
+    for name in ("node_rank_within_dp == 0", "parallel_config.local_world_size", "peer_worker_response_mqs"):
+        require(name in init, f"{name} in _init_executor", EXECUTOR)
+    require("parallel_config.nnodes > 1" in source(parallel_state.init_distributed_environment), "nnodes", EXECUTOR)
+    from vllm.entrypoints.cli.serve import run_headless
+
+    headless = source(run_headless)
+    for call in ("monitor_workers=False", "start_worker_monitor(inline=True)", "headless=True"):
+        require(call in headless, f"{call} in run_headless", "services/decode/token_parallel/headless.py")
+
+
+def test_the_ray_executor_is_a_multiproc_executor_with_these_hooks() -> None:
+    pytest.importorskip("ray")
+    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerHandle
+
+    relied_on_by = "services/decode/token_parallel/ray_executor.py"
+    require(issubclass(RayExecutorV2, MultiprocExecutor), "RayExecutorV2's base", relied_on_by)
+    require("copy.deepcopy(dict(base))" in source(RayExecutorV2._build_runtime_env), "runtime_env", relied_on_by)
+    require({"rank", "node_id"} <= set(RayWorkerHandle.__dataclass_fields__), "RayWorkerHandle", relied_on_by)
+    monitor = source(RayExecutorV2.start_worker_monitor)
+    require("executor.failure_callback" in monitor, "who is told of a dead actor", relied_on_by)
 
 
 def test_the_executor_s_state_of_death_is_known_by_these_names() -> None:

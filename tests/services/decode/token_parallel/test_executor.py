@@ -112,8 +112,8 @@ def test_a_rank_without_room_is_named_at_start(config: Any, sent: list[Any], lef
 def test_a_worker_is_described_by_its_two_ranks(config: Any) -> None:
     made = executor(config, 1, 1)
     made._num_root_workers = 2
-    assert made._describe(1, 77) == "root of token-parallel rank 0, tensor-parallel rank 1, pid 77"
-    assert made._describe(4, 77) == "KV worker of token-parallel rank 2, tensor-parallel rank 0, pid 77"
+    assert made._describe(1) == "root of token-parallel rank 0, tensor-parallel rank 1"
+    assert made._describe(4) == "KV worker of token-parallel rank 2, tensor-parallel rank 0"
 
 
 def test_the_memory_of_a_root_worker_is_that_of_its_token_parallel_group(

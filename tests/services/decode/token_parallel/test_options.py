@@ -10,6 +10,7 @@ from vllm.config import KVTransferConfig
 
 from services.decode.token_parallel.engine_args import engine_args
 from services.decode.token_parallel.options import (
+    Nodes,
     TokenParallelOptions,
     UnsupportedConfigurationError,
     refuse_unsupported,
@@ -155,3 +156,28 @@ def test_a_quantised_kv_cache_is_refused_on_gpus_alone(supported: Any) -> None:
     refuse_unsupported(quantised)
     with pytest.raises(UnsupportedConfigurationError, match="--kv-cache-dtype"):
         refuse_unsupported(changed(quantised, "device_config", SimpleNamespace(device_type="cuda")))
+
+
+def test_nodes_travel_in_the_configuration(llama: Path) -> None:
+    given = TokenParallelOptions(4, nodes=Nodes(2, 1, "10.0.0.1", 7000))
+    config = tiny_config(llama, additional_config=given.as_config())
+    assert TokenParallelOptions.of(config) == given
+    refuse_unsupported(config)
+
+
+@pytest.mark.parametrize(("count", "rank"), [(2, 2), (2, -1)])
+def test_a_node_that_is_none_of_them_is_refused(count: int, rank: int) -> None:
+    with pytest.raises(
+        UnsupportedConfigurationError, match=f"--node-rank is {rank}; with --nnodes 2 it is one of 0 to"
+    ):
+        Nodes(count, rank, "10.0.0.1")
+
+
+def test_ranks_that_the_nodes_cannot_share_evenly_are_refused() -> None:
+    with pytest.raises(UnsupportedConfigurationError, match=r"--nnodes is 2.*--token-parallel-size is 3"):
+        TokenParallelOptions(3, nodes=Nodes(2, 0, "10.0.0.1"))
+
+
+def test_on_ray_another_executor_is_named() -> None:
+    named = engine_args(TokenParallelOptions(2), on_ray=True)["distributed_executor_backend"]
+    assert named == "services.decode.token_parallel.ray_executor.RayTokenParallelExecutor"

@@ -1,0 +1,51 @@
+"""Runs one command on a node of a Ray cluster, and ends with it.
+
+    python -m tknp.launch.ray_engine <namespace> <bundle> <number of GPUs> -m tknp prefill ...
+
+The bundle is one of the placement group that is named like the namespace. What the command writes is written here too,
+by Ray. When this process ends, Ray ends the actor, and with it the command and all that it started.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+# Settings of the engines, which count on every node. Paths and addresses of this machine do not.
+_CARRIED = ("VLLM_", "HF_", "UCX_", "NCCL_", "OMP_", "DO_NOT_TRACK", "NO_COLOR", "PYTHONUNBUFFERED")
+_OF_A_NODE = ("VLLM_HOST_IP", "VLLM_NIXL_SIDE_CHANNEL_HOST")
+
+
+class Engine:
+    """A Ray actor."""
+
+    def run(self, words: list[str], environment: dict[str, str]) -> int:
+        """Returns the exit code of `python <words>`, on this node."""
+        import ray
+
+        guard = [sys.executable, "-m", "tknp.launch.guard", str(os.getpid())]
+        own = {"VLLM_HOST_IP": ray.util.get_node_ip_address()}
+        return subprocess.run([*guard, sys.executable, *words], env={**os.environ, **environment, **own}).returncode
+
+
+def main() -> None:
+    namespace, bundle, num_gpus, *words = sys.argv[1:]
+
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    ray.init(address=os.environ["RAY_ADDRESS"], namespace=namespace, logging_level=logging.WARNING)
+    group = ray.util.get_placement_group(namespace)
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=int(bundle))
+    actor = ray.remote(Engine).options(num_cpus=0, num_gpus=int(num_gpus), scheduling_strategy=strategy).remote()
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_CARRIED) and k not in _OF_A_NODE}
+    try:
+        sys.exit(ray.get(actor.run.remote(words, environment)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
