@@ -1,6 +1,6 @@
 """The hot route: one POST that wants tokens.
 
-A plain ASGI object, because FastAPI's own routing and streaming cost as much as everything else together.
+A plain ASGI object behind HotPaths: FastAPI's own routing and streaming cost as much as everything else together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from router.body import ClientGone, read_body
 from router.errors import RouterError, ShuttingDown
+from router.front import id_header
 from router.handoff import Handoff
 from router.hangup import run_until_hang_up
 from router.lifetime import Moment, RequestRecord
@@ -39,7 +40,7 @@ class GenerationRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: RouterState = scope["app"].state.router
         record = RequestRecord(scope["state"]["request_id"], self._api, scope["state"]["caller"])
-        reply = Reply(send, has_named_events=self._api is Api.RESPONSES)
+        reply = Reply(send, self._api is Api.RESPONSES, headers=[id_header(scope)])
         state.records.begin(record)
         try:
             await self._answer(state, record, reply, scope, receive)
