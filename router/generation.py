@@ -40,7 +40,7 @@ class GenerationRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: RouterState = scope["app"].state.router
         record = RequestRecord(scope["state"]["request_id"], self._api, scope["state"]["caller"])
-        reply = Reply(send, self._api is Api.RESPONSES, headers=[id_header(scope)])
+        reply = Reply(send, self._api is Api.RESPONSES, [id_header(scope)], scope["state"].get("outlet"))
         state.records.begin(record)
         try:
             await self._answer(state, record, reply, scope, receive)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from functools import partial
-from types import coroutine
 from typing import TYPE_CHECKING, Any
 
 from router.errors import error_body, error_event
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
-    from starlette.types import Message, Send
+    from starlette.types import Send
 
     from router.errors import RouterError
+    from router.outlet import Outlet
 
     Header = tuple[bytes, bytes]
 
@@ -22,10 +20,19 @@ if TYPE_CHECKING:
 class Reply:
     """Either one whole answer, or a stream of server-sent events."""
 
-    def __init__(self, send: Send, has_named_events: bool = False, headers: Sequence[Header] = ()) -> None:
+    def __init__(
+        self,
+        send: Send,
+        has_named_events: bool = False,
+        headers: Sequence[Header] = (),
+        outlet: Outlet | None = None,
+    ) -> None:
+        """`headers` go out with whatever is answered; through an `outlet` a stream's parts go without `send`."""
         self._send = send
         self._has_named_events = has_named_events
-        self._headers = headers  # of whatever is answered
+        self._headers = headers
+        self._outlet = outlet
+        self._keep: Callable[[bytes], None] | None = None
         self.status: int | None = None  # None until the client got something
         self.is_sending = False  # True while the client does not take what it is sent
 
@@ -40,6 +47,8 @@ class Reply:
             status, [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *headers]
         )
         await self._send({"type": "http.response.body", "body": body})
+        if self._keep is not None:
+            self._keep(body)
 
     async def start_stream(self) -> None:
         # x-accel-buffering: nginx would otherwise collect events before it passes them on.
@@ -47,31 +56,28 @@ class Reply:
             200,
             [
                 (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"transfer-encoding", b"chunked"),  # said, because `push` does it by itself
                 (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no"),
             ],
         )
 
-    async def chunk(self, data: bytes) -> None:
-        if (rest := self.push(data)) is not None:
-            await rest
-
     def push(self, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """Sends a part of the stream without a turn of the event loop. What is returned must be awaited before the next
-        part: the client takes no more for the moment."""
-        # Servers write at once unless the client is slow, so the coroutine mostly ends with its first step.
-        sending = self._send({"type": "http.response.body", "body": data, "more_body": True})
-        assert isinstance(sending, Coroutine)
-        try:
-            waits_for = sending.send(None)
-        except StopIteration:
-            return None
-        self.is_sending = True
-        return self._finish(sending, waits_for)
+        """Sends a part of the stream, at once if the client takes it; otherwise what is returned must be awaited."""
+        outlet = self._outlet
+        if outlet is None or outlet.is_shut:
+            return self.chunk(data)
+        outlet.write(b"%x\r\n%b\r\n" % (len(data), data))
+        if self._keep is not None:
+            self._keep(data)
+        return None
 
-    async def _finish(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> None:
-        await _resumed(sending, waits_for)
+    async def chunk(self, data: bytes) -> None:
+        self.is_sending = True
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self.is_sending = False
+        if self._keep is not None:
+            self._keep(data)
 
     async def end_stream(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
@@ -85,32 +91,9 @@ class Reply:
         await self.end_stream()
 
     def tee(self, keep: Callable[[bytes], None]) -> None:
-        """From now on shows `keep` every part of the answer's body as it is sent."""
-        send = self._send
-
-        async def send_and_keep(message: Message) -> None:
-            if body := message.get("body"):
-                keep(body)
-            await send(message)
-
-        self._send = send_and_keep
+        """From now on shows `keep` every part of the answer's body once it is sent."""
+        self._keep = keep
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]})
-
-
-@coroutine
-def _resumed(begun: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    """The rest of a coroutine whose first step, taken by hand, gave a future to wait for."""
-    while True:
-        try:
-            result = yield waits_for
-        except BaseException as error:  # noqa: BLE001 a cancellation, which goes where it was meant to
-            step = partial(begun.throw, error)
-        else:
-            step = partial(begun.send, result)
-        try:
-            waits_for = step()
-        except StopIteration:
-            return
