@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,8 @@ class GenerationRoute:
             request = await self._accept(state, record, scope, receive)
             tape = state.guard.watch(request, reply)
             work = partial(self._serve, state, request, record, reply)
-            if await run_until_hang_up(state.admission.run(work, terms, record, reply), receive):
+            admitted = state.admission.run(work, terms, record, reply, *self._conditions(state, request))
+            if await run_until_hang_up(admitted, receive):
                 record.outcome = Outcome.OK
                 if tape is not None:
                     state.guard.check(request, record, tape)
@@ -92,6 +93,10 @@ class GenerationRoute:
         check_length(request, card)
         state.pool.chooser.describe(request, _header(headers, state.settings.session_header), card)
         return request
+
+    def _conditions(self, state: RouterState, request: GenerationRequest) -> tuple[Callable[[], bool], ...]:
+        """What admission waits for beside a slot."""
+        return (partial(state.pool.has_room, request),) if state.settings.wait_for_room else ()
 
     def _parse(
         self, state: RouterState, raw: bytes, request_id: str, trace: tuple[tuple[str, str], ...]
