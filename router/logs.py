@@ -35,6 +35,8 @@ def log_request(record: RequestRecord) -> None:
 
 def configure_logging(level: int = logging.INFO) -> None:
     """For a process that is the router; a library user sets up logging as they like."""
+    # What no line here says need not be found out for each (docs.python.org/3/howto/logging.html#optimization).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
