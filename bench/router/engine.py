@@ -165,7 +165,7 @@ class EngineConnection(asyncio.Protocol):
         if not head.startswith(b"POST /v1/") or head.startswith(b"POST /v1/traces"):
             self._transport.write(self._told(head, body))
             return
-        self._engine.num_generations += 1
+        self._engine.num_generations += b'"cache_salt"' not in body  # our guard repeats requests, also after a load
         if not _STREAM.search(body):
             again = _ANSWERED_AGAIN if b'"logprobs":' in body else _ANSWERED
             self._transport.write(_PREFILLED if b'"do_remote_decode"' in body else again)
