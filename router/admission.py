@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from router.terms import Terms
 
 Work = Callable[[], Awaitable[object]]
+Fits = Callable[[], bool]
 
 MAX_RETRY_AFTER = 60  # s; load changes faster than an estimate over more than that is worth
+LOOK_INTERVAL = 0.2  # s between two looks whether engines have room for the next in the queue
 SMOOTHING = 0.05  # weight of the newest request in the mean duration: the last 20 or so count
 
 
@@ -41,17 +43,23 @@ class Admission:
         self._max_per_key = settings.max_requests_per_key
         self._metrics = metrics
         self._mean_seconds: float | None = None  # that requests are in flight; None before the first has ended
+        self._next_look: asyncio.TimerHandle | None = None
         self._now = asyncio.get_running_loop().time
 
-    async def run(self, work: Work, terms: Terms, record: RequestRecord, reply: Reply) -> None:
-        """Awaits `work()` when its turn comes. Raises Overloaded, DeadlineExceeded, or what the work raises."""
+    async def run(
+        self, work: Work, terms: Terms, record: RequestRecord, reply: Reply, fits: Fits = lambda: True
+    ) -> None:
+        """Awaits `work()` when its turn comes. Raises Overloaded, DeadlineExceeded, or what the work raises.
+
+        `fits` says whether the engines have room for the request now; it waits for that, too.
+        """
         account = self._open_account(terms)
         try:
-            if self.num_in_flight < self.max_in_flight:
+            if self.num_in_flight < self.max_in_flight and not len(self.queue) and fits():
                 self.num_in_flight += 1
                 account.num_in_flight += 1
             else:
-                await self._wait(account, terms, record)
+                await self._wait(account, terms, record, fits)
             begin = self._now()
             try:
                 await (work() if terms.deadline is None else _within(terms.deadline, work, reply))
@@ -82,14 +90,17 @@ class Admission:
         account.num_open += 1
         return account
 
-    async def _wait(self, account: Account, terms: Terms, record: RequestRecord) -> None:
+    async def _wait(self, account: Account, terms: Terms, record: RequestRecord, fits: Fits) -> None:
         """Returns with a slot, whose number is already counted. However else it ends, the request waits no more."""
+        begin = self._now()
+        self._refuse_in_vain(terms, begin)
         waiter = self.queue.push(account, terms.priority)
         if waiter is None:
             message = f"The router is full: {self.num_in_flight} requests run and {len(self.queue)} wait."
             raise self._overloaded(message, Rejection.QUEUE_FULL)
+        waiter.fits = fits
         record.mark(Moment.QUEUED)
-        begin = self._now()
+        self._hand_out_slots()
         latest = begin + self._queue_timeout
         deadline = math.inf if terms.deadline is None else terms.deadline
         has_slot = False
@@ -110,6 +121,16 @@ class Admission:
         record.mark(Moment.ADMITTED)
         self._metrics.waited(terms.priority, self._now() - begin)
 
+    def _refuse_in_vain(self, terms: Terms, now: float) -> None:
+        """A request whose deadline will have passed before its turn comes would only keep others waiting."""
+        if terms.deadline is None:
+            return
+        num_ahead = sum(num for priority, num in self.queue.lengths().items() if priority <= terms.priority)
+        expected = (num_ahead + 1) * (self._mean_seconds or 0.0) / self.max_in_flight
+        if expected > (left := terms.deadline - now):
+            message = f"The request's turn would come in about {expected:.1f} s, its deadline in {left:.1f} s."
+            raise self._overloaded(message, Rejection.DEADLINE)
+
     def _withdraw(self, waiter: Waiter) -> None:
         """For a wait that ended without a slot, or so late that nobody is there to use it."""
         self.queue.remove(waiter)
@@ -118,14 +139,24 @@ class Admission:
             self._give_back_slot(waiter.lane.account)
 
     def _give_back_slot(self, account: Account) -> None:
-        """To whoever is next in the queue, otherwise to whoever comes."""
         account.num_in_flight -= 1
-        following = self.queue.pop() if len(self.queue) else None
-        if following is None:
-            self.num_in_flight -= 1
-            return
-        following.lane.account.num_in_flight += 1
-        following.verdict.set_result(Verdict.ADMITTED)
+        self.num_in_flight -= 1
+        if len(self.queue):
+            self._hand_out_slots()
+
+    def _hand_out_slots(self) -> None:
+        """To those whose turn it is, as long as there are slots and the engines have room."""
+        while self.num_in_flight < self.max_in_flight and (following := self.queue.pop(_has_room)) is not None:
+            self.num_in_flight += 1
+            following.lane.account.num_in_flight += 1
+            following.verdict.set_result(Verdict.ADMITTED)
+        # Room can come without a request's end here: another router's ended, or an engine told of its cache.
+        if len(self.queue) and self.num_in_flight < self.max_in_flight and self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_INTERVAL, self._look_again)
+
+    def _look_again(self) -> None:
+        self._next_look = None
+        self._hand_out_slots()
 
     def _overloaded(self, message: str, reason: Rejection) -> Overloaded:
         return Overloaded(message, reason, retry_after=self.retry_after(len(self.queue), self.max_in_flight))
@@ -145,6 +176,10 @@ async def _within(deadline: float, work: Work, reply: Reply) -> None:
         if reply.is_sending:
             raise ClientStalled("The client stopped reading the stream.") from error
         raise DeadlineExceeded("The request's deadline (X-Request-Timeout) passed before its answer's end.") from error
+
+
+def _has_room(waiter: Waiter) -> bool:
+    return waiter.fits()
 
 
 def _too_many(caller: Caller, limit: int, retry_after: int) -> Overloaded:

@@ -19,6 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.aliases import with_aliases
 from router.drain import DrainingServer, drain_engine, resume_engine
@@ -26,6 +27,7 @@ from router.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFo
 from router.front import Front
 from router.gate import PROBES, Gate, caller_of
 from router.generation import GenerationRoute
+from router.hot import HotPaths
 from router.live import live_page, status
 from router.logs import configure_logging
 from router.openapi import (
@@ -48,7 +50,21 @@ from router.tls import Certificate
 from router.types import Api, JsonObject, Task
 
 
-def create_app(settings: RouterSettings, certificate: Certificate | None = None) -> FastAPI:
+class RouterApp(FastAPI):
+    """A FastAPI application that can have something in front of its whole middleware stack."""
+
+    way_in: ASGIApp
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.way_in = super().__call__
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self.way_in(scope, receive, send)
+
+
+def create_app(settings: RouterSettings, certificate: Certificate | None = None) -> RouterApp:
     """All state is built when the application starts, in its lifespan, and hangs on `app.state.router`."""
 
     @contextlib.asynccontextmanager
@@ -58,21 +74,21 @@ def create_app(settings: RouterSettings, certificate: Certificate | None = None)
             app.state.router = state
             yield
 
-    app = FastAPI(title="tknp router", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = RouterApp(title="tknp router", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, open_paths=PROBES | ({"/metrics", "/metrics/targets"} if settings.open_metrics else set()))
     app.add_middleware(Front, max_header_bytes=settings.max_header_bytes)
+    hot: dict[str, ASGIApp] = {api: GenerationRoute(api) for api in Api} | {task: TaskRoute(task) for task in Task}
+    for path, route in hot.items():
+        app.router.routes.append(Route(path, route, methods=["POST"]))  # for the other methods' 405, and the schema
+    app.way_in = HotPaths(hot, settings.max_header_bytes, app.way_in)
     if settings.cors_allowed_origins:  # outermost: a browser asks without a key first, and reads errors too
-        app.add_middleware(
-            CORSMiddleware,
+        app.way_in = CORSMiddleware(
+            app.way_in,
             allow_origins=settings.cors_allowed_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
             expose_headers=("X-Request-Id", "Retry-After"),
         )
-    for api in Api:
-        app.router.routes.append(Route(api, GenerationRoute(api), methods=["POST"]))
-    for task in Task:
-        app.router.routes.append(Route(task, TaskRoute(task), methods=["POST"]))
     add_api_routes(app)
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     app.add_exception_handler(RouterError, answer_router_error)

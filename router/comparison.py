@@ -6,6 +6,7 @@ part, the second answer's log probabilities tell a tie, which rounding may decid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +25,7 @@ class GuardResult(StrEnum):
     EQUAL = "equal"
     TIE = "tie"  # they part where the likeliest tokens are as good as equally likely
     DIFFERENT = "different"
+    UNCLEAR = "unclear"  # they part among tokens that are no text by themselves, and a tie somewhere may be why
     FAILED = "failed"  # the engine gave no second answer
     SKIPPED = "skipped"  # no time or place for a second answer
 
@@ -58,7 +60,10 @@ def compare(got: str, again: Answer, tolerance: float) -> Verdict:
         return Verdict(GuardResult.EQUAL)
     position = _common_length(got, again.text)
     if not again.text.startswith("".join(token.text for token in again.tokens)[:position]):
-        return Verdict(GuardResult.DIFFERENT, position)  # tokens that are no text by themselves: no place to look at
+        # Tokens that are no text by themselves, such as parts of a character: no place to look at. But without a tie
+        # anywhere none can have been the reason.
+        smallest = min((gap for token in again.tokens for _, gap in token.alternatives), default=math.inf)
+        return Verdict(GuardResult.UNCLEAR if smallest <= tolerance else GuardResult.DIFFERENT, position)
     index = _token_at(again.tokens, position)
     if index is None:
         return Verdict(GuardResult.DIFFERENT, position)

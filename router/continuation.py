@@ -38,6 +38,7 @@ _COMPLETION_TOKENS = 16  # what vLLM's completions API generates at most when no
 
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
+_SPECIAL = b'"reasoning'  # a reasoning parser's field, or such a word in quotes
 _CHOICE, _ROLE = b'"choices":[{', b'"role":'
 _REASONING = (b'"reasoning":', b'"reasoning_content":')
 
@@ -66,6 +67,7 @@ class Transcript:
         self._request = request
         self._wants_ids = bool(request.body.get("return_token_ids"))
         self._ids = bytearray()
+        self._is_under_way = False  # its first events are noted, and it is no continuation
         self._first = b""  # event; all of a stream have its id and its time
         self._is_text = True  # and its tokens are known; a reasoning parser's state can't be handed over
         self._common: JsonObject | None = None  # set once this stream is a continuation
@@ -73,6 +75,16 @@ class Transcript:
 
     def take(self, events: bytes) -> bytes:
         """Notes the tokens in an engine's events, which are whole; returns what the client gets for them."""
+        begin = events.find(_IDS) + len(_IDS)
+        is_plain = begin > len(_IDS) and events.find(b"\n\n") == len(events) - 2 and _SPECIAL not in events
+        if is_plain and self._is_under_way and (end := events.find(b"]", begin)) > begin:
+            self._ids += events[begin:end] + b","  # one event, as nearly all: the same as below, in fewer steps
+            return b"%bnull%b" % (events[: begin - 1], events[end + 1 :])
+        events = self._take_any(events)
+        self._is_under_way = self._common is None and not self._wants_ids
+        return events
+
+    def _take_any(self, events: bytes) -> bytes:
         if not self._first:
             self._first = events.split(b"\n", 1)[0]
         if self._is_text and (_REASONING[0] in events or _REASONING[1] in events):
@@ -107,6 +119,7 @@ class Transcript:
         if body.get("min_tokens"):
             rest["min_tokens"] = max(0, body["min_tokens"] - len(ids))
         self._num_before = len(ids)
+        self._is_under_way = False
         if self._first and self._common is None:
             first: JsonObject = orjson.loads(self._first.removeprefix(b"data: "))
             self._common = {name: first[name] for name in ("id", "object", "created") if name in first}

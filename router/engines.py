@@ -165,12 +165,14 @@ class EnginePool:
     def has_room(self, request: GenerationRequest) -> bool:
         """Whether a decode engine has room for the request now, and it need not wait for others to end.
 
-        True as well where waiting would not help: no engine is alive, one does not tell, or one has nothing to do.
+        True as well where waiting would not help: no engine is alive, one does not tell, one has nothing to do, or no
+        rank could ever hold the request.
         """
         kvs = [engine.load.kv for engine in self.alive(Role.DECODE, request.model)]
         rooms = [kv.rooms if kv.committed.num_sequences else None for kv in kvs]
         demand = request.demand
-        return not kvs or has_room(rooms, demand.num_sequence_tokens, demand.num_choices)
+        is_too_large = demand.num_sequence_tokens > max((kv.capacity or 0 for kv in kvs), default=0)
+        return not kvs or is_too_large or has_room(rooms, demand.num_sequence_tokens, demand.num_choices)
 
     def require(self, model: str, roles: Collection[Role]) -> None:
         """Raises ModelNotFound or NoEngine unless each of the roles has an engine alive for the model.

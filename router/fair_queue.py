@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from router.callers import Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from router.callers import Caller
 
@@ -58,12 +58,13 @@ class Lane:
 class Waiter:
     """One request that waits; `verdict` says how the wait ended, and is cancelled with the task that awaits it."""
 
-    __slots__ = ("lane", "priority", "verdict")
+    __slots__ = ("fits", "lane", "priority", "verdict")
 
     def __init__(self, lane: Lane, priority: Priority) -> None:
         self.lane = lane
         self.priority = priority
         self.verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self.fits: Callable[[], bool] = lambda: True  # whether the engines have room for it now
 
 
 class FairQueue:
@@ -99,10 +100,15 @@ class FairQueue:
         self._length += 1
         return waiter
 
-    def pop(self) -> Waiter | None:
-        """The request whose turn it is. One whose client just hung up may still stand here: it is left out."""
+    def pop(self, may_go: Callable[[Waiter], bool] = lambda waiter: True) -> Waiter | None:
+        """The request whose turn it is, None if it may not go: nobody overtakes it, or a large one would wait for ever.
+
+        One whose client just hung up may still stand here: it is left out.
+        """
         while (lane := self._next_lane()) is not None:
             waiter = next(iter(lane.waiting))
+            if not waiter.verdict.done() and not may_go(waiter):
+                return None
             self.remove(waiter)
             if not waiter.verdict.done():
                 self._now = max(self._now, lane.clock)

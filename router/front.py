@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Front:
-    """Puts the request's id into scope["state"]["request_id"] and into the answer's X-Request-Id."""
+    """Lets a request enter, and puts its id into the answer's X-Request-Id."""
 
     def __init__(self, app: ASGIApp, max_header_bytes: int) -> None:
         self._app = app
@@ -24,26 +24,37 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state: RouterState = scope["app"].state.router
-        wanted = None
-        num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
-        for name, value in scope["headers"]:
-            num_bytes += len(name) + len(value) + 4
-            if name == b"x-request-id":
-                wanted = value.decode("latin-1")
-        request_id = state.records.pick_id(wanted)
-        header = (b"x-request-id", request_id.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), header]}
+                message = {**message, "headers": [*message.get("headers", ()), id_header(scope)]}
             await send(message)
 
-        if num_bytes > self._max_header_bytes:
-            await Reply(send_with_id).fail(headers_too_large(self._max_header_bytes))
+        try:
+            enter(scope, self._max_header_bytes)
+        except HeadersTooLarge as error:
+            await Reply(send_with_id).fail(error)
             return
-        scope.setdefault("state", {})["request_id"] = request_id
         await self._app(scope, receive, send_with_id)
+
+
+def enter(scope: Scope, max_header_bytes: int) -> None:
+    """Puts the request's id into scope["state"]["request_id"]. Raises HeadersTooLarge after that."""
+    state: RouterState = scope["app"].state.router
+    wanted = None
+    num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+    for name, value in scope["headers"]:
+        num_bytes += len(name) + len(value) + 4
+        if name == b"x-request-id":
+            wanted = value.decode("latin-1")
+    scope.setdefault("state", {})["request_id"] = state.records.pick_id(wanted)
+    if num_bytes > max_header_bytes:
+        raise headers_too_large(max_header_bytes)
+
+
+def id_header(scope: Scope) -> tuple[bytes, bytes]:
+    """X-Request-Id, for the answer to a request that has entered."""
+    return b"x-request-id", scope["state"]["request_id"].encode()
 
 
 def headers_too_large(max_bytes: int) -> HeadersTooLarge:

@@ -34,24 +34,26 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
-                self._check(scope)
+                admit(scope)
             except RouterError as error:
                 await Reply(send).fail(error)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
-        router: RouterState = scope["app"].state.router
-        state = scope["state"]
-        if state.get("is_surplus"):  # see router/protocol.py
-            router.access.metrics.connection_refused()
-            raise TooManyConnections("The router has as many connections as it takes. Retry in 5 s.")
-        caller = state["caller"] = router.access.identify(scope)
-        if scope["path"].startswith(ADMIN_PREFIX):
-            if not caller.is_admin:
-                raise Forbidden("This path needs the API key of an admin.")
-            if caller is ANONYMOUS and not _is_from_here(scope):
-                raise Forbidden("Without API keys this path is for the router's own machine. Set --api-keys-file.")
+
+def admit(scope: Scope) -> None:
+    """Puts the caller into the scope's state. Raises RouterError if the request may not pass."""
+    router: RouterState = scope["app"].state.router
+    state = scope["state"]
+    if state.get("is_surplus"):  # see router/protocol.py
+        router.access.metrics.connection_refused()
+        raise TooManyConnections("The router has as many connections as it takes. Retry in 5 s.")
+    caller = state["caller"] = router.access.identify(scope)
+    if scope["path"].startswith(ADMIN_PREFIX):
+        if not caller.is_admin:
+            raise Forbidden("This path needs the API key of an admin.")
+        if caller is ANONYMOUS and not _is_from_here(scope):
+            raise Forbidden("Without API keys this path is for the router's own machine. Set --api-keys-file.")
 
 
 def _is_from_here(scope: Scope) -> bool:

@@ -1,18 +1,19 @@
 """The hot route: one POST that wants tokens.
 
-A plain ASGI object, because FastAPI's own routing and streaming cost as much as everything else together.
+A plain ASGI object behind HotPaths: FastAPI's own routing and streaming cost as much as everything else together.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from router.body import ClientGone, read_body
 from router.errors import RouterError, ShuttingDown
+from router.front import id_header
 from router.handoff import Handoff
 from router.hangup import run_until_hang_up
 from router.lifetime import Moment, RequestRecord
@@ -39,7 +40,7 @@ class GenerationRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: RouterState = scope["app"].state.router
         record = RequestRecord(scope["state"]["request_id"], self._api, scope["state"]["caller"])
-        reply = Reply(send, has_named_events=self._api is Api.RESPONSES)
+        reply = Reply(send, self._api is Api.RESPONSES, [id_header(scope)], scope["state"].get("outlet"))
         state.records.begin(record)
         try:
             await self._answer(state, record, reply, scope, receive)
@@ -55,7 +56,8 @@ class GenerationRoute:
             request = await self._accept(state, record, scope, receive)
             tape = state.guard.watch(request, reply)
             work = partial(self._serve, state, request, record, reply)
-            if await run_until_hang_up(state.admission.run(work, terms, record, reply), receive):
+            admitted = state.admission.run(work, terms, record, reply, *self._conditions(state, request))
+            if await run_until_hang_up(admitted, receive):
                 record.outcome = Outcome.OK
                 if tape is not None:
                     state.guard.check(request, record, tape)
@@ -91,6 +93,10 @@ class GenerationRoute:
         check_length(request, card)
         state.pool.chooser.describe(request, _header(headers, state.settings.session_header), card)
         return request
+
+    def _conditions(self, state: RouterState, request: GenerationRequest) -> tuple[Callable[[], bool], ...]:
+        """What admission waits for beside a slot."""
+        return (partial(state.pool.has_room, request),) if state.settings.wait_for_room else ()
 
     def _parse(
         self, state: RouterState, raw: bytes, request_id: str, trace: tuple[tuple[str, str], ...]

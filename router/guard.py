@@ -280,7 +280,7 @@ class RerunGuard:
         record.guard = result
         self._counters[result].inc()
         self._counts[result] += 1
-        if result not in (GuardResult.TIE, GuardResult.DIFFERENT):
+        if result not in (GuardResult.TIE, GuardResult.UNCLEAR, GuardResult.DIFFERENT):
             return
         self._recent.append(Recent(record.id, result, verdict.position, time.time()))
         fields = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import orjson
 
-from router.types import Api
+from router.types import Api, Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NO_ROUTE = (404, 405, 501)  # with these vLLM says that its model does not generate
 PROBE_ID_PREFIX = "tknp-health-"
 
 
@@ -111,16 +112,28 @@ class EngineWatch:
                 raise Unhealthy(f"/health answered with status {response.status}")
 
     async def _generate(self, model: str) -> None:
-        """One token. A prompt that is short and never the same has no part in a prefix cache."""
+        """One token; of an engine whose model only embeds, which has no such route, one embedding.
+
+        A prompt that is short and never the same has no part in a prefix cache.
+        """
         request_id = f"{PROBE_ID_PREFIX}{uuid.uuid4().hex}"
         body = {"model": model, "prompt": request_id, "max_tokens": 1, "temperature": 0}
+        status, answer = await self._ask(Api.COMPLETIONS, body, request_id)
+        if status == 200 and b'"choices"' in answer:
+            return
+        if status in NO_ROUTE:
+            embedding = await self._ask(Task.EMBEDDINGS, {"model": model, "input": request_id}, request_id)
+            if embedding[0] == 200 and b'"embedding"' in embedding[1]:
+                return
+        said = answer[:200].decode(errors="replace")
+        raise Unhealthy(f"it answers, but generates nothing: status {status}, {said}")
+
+    async def _ask(self, path: str, body: JsonObject, request_id: str) -> tuple[int, bytes]:
+        """Status and body of the answer."""
         headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
-        url = self._engine.endpoint.url + Api.COMPLETIONS
+        url = self._engine.endpoint.url + path
         async with self._session.post(url, data=orjson.dumps(body), headers=headers, allow_redirects=False) as response:
-            answer = await response.read()
-        if response.status != 200 or b'"choices"' not in answer:
-            said = answer[:200].decode(errors="replace")
-            raise Unhealthy(f"it answers, but generates nothing: status {response.status}, {said}")
+            return response.status, await response.read()
 
     async def _fetch_kv_traits(self) -> dict[str, str]:
         async with self._session.get(f"{self._engine.endpoint.url}/kv_traits", allow_redirects=False) as response:

@@ -15,6 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.lifetime import IN_FLIGHT, Moment, Phase
+from router.loop_histogram import LoopHistogram
 from router.types import Api, LeaseEnd, LocalPrefill, Outcome, Role, Task
 
 if TYPE_CHECKING:
@@ -65,13 +66,13 @@ class RouterMetrics:
             buckets=PHASE_BUCKETS,
             registry=registry,
         )
-        self._gaps = Histogram(
+        gaps = LoopHistogram(
             "tknp_inter_token_latency_seconds",
             "Seconds between two chunks of a stream; an engine sends one token a chunk unless it is told otherwise.",
-            buckets=GAP_BUCKETS,
-            registry=registry,
+            GAP_BUCKETS,
         )
-        self.observe_gap = self._gaps.observe
+        registry.register(gaps)
+        self.observe_gap = gaps.observe
         local = Counter(
             "tknp_local_prefill_requests",
             "Requests that a decode engine prefilled itself, and why.",

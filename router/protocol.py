@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.errors import HeaderTimeout, InvalidRequest, TooManyConnections, error_body
 from router.front import headers_too_large
+from router.outlet import Outlet
 
 if TYPE_CHECKING:
     from router.errors import RouterError
@@ -27,13 +28,15 @@ NUM_SPARE = (
 def limited_protocol(settings: RouterSettings) -> type[asyncio.Protocol]:
     """A class, because uvicorn makes one instance for each connection. Hooks: HttpToolsProtocol's parser callbacks.
 
-    Requests of a connection above `max_connections` have "is_surplus" in their scope's state; see Gate.
+    Requests of a connection above `max_connections` have a true "is_surplus" in their scope's state (see Gate), all of
+    them have an "outlet".
     """
     max_header_bytes = settings.max_header_bytes
     max_connections = settings.max_connections
     header_timeout = settings.header_timeout
 
     class LimitedProtocol(HttpToolsProtocol):
+        outlet: Outlet
         num_header_bytes = 0
         in_headers = True
         has_completed = False
@@ -41,17 +44,30 @@ def limited_protocol(settings: RouterSettings) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.outlet = Outlet(transport)
             num_connections = len(self.connections)
             if num_connections > max_connections + NUM_SPARE:
                 self._refuse(TooManyConnections(f"The router has {num_connections} connections."))
                 return
-            if num_connections > max_connections:
-                self.app_state = {**self.app_state, "is_surplus": True}
+            self.app_state = {
+                **self.app_state,
+                "is_surplus": num_connections > max_connections,
+                "outlet": self.outlet,
+            }
             self._await_headers()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            self.outlet.is_shut = True
             self._headers_came()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            self.outlet.is_shut = True
+            super().pause_writing()
+
+        def resume_writing(self) -> None:
+            self.outlet.is_shut = False
+            super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
             self.has_completed = False

@@ -13,9 +13,10 @@ import orjson
 
 from router.errors import EngineFailure, EngineRejected, FailureKind
 from router.lifetime import Moment
+from router.tap import pump
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     import aiohttp
 
@@ -62,57 +63,81 @@ class StreamRelay:
         self._observe_gap = observe_gap
         self._partial = b""
         self._tail = b""
+        self._now = asyncio.get_running_loop().time
+        self._before = 0.0  # when the last event came; 0 before the first
+        self._renew_at = 0.0
+        self._plain_until = 0.0  # data that comes before is not the rest of an event, and needs no timer moved
 
     async def run(self, response: aiohttp.ClientResponse, limit: asyncio.Timeout, gap_limit: float) -> None:
-        """Until the engine's end of stream. `limit` is pushed ahead by `gap_limit` seconds at every chunk.
+        """Until the engine's end of stream. `limit` is pushed ahead by `gap_limit` seconds as long as events come.
 
         Raises EngineFailure if the stream ends without [DONE], and the error that an event of the engine's reports.
         """
         if response.content_type != "text/event-stream":
             raise EngineFailure(self._endpoint, FailureKind.GARBAGE, f"it sent {response.content_type}, not a stream")
-        now = asyncio.get_running_loop().time
-        before = renew_at = 0.0
-        while data := await response.content.readany():
-            at = now()
-            events = self._whole_events(data)
-            if not events:
-                continue
-            if at >= renew_at:  # moving a timer costs more than the rest of this loop, so it moves in steps
-                limit.reschedule(at + 1.1 * gap_limit)
-                renew_at = at + 0.1 * gap_limit
-                self._engine.num_progress += 1
-            if b"data:" not in events:  # a comment that keeps the connection alive is no token
-                if self._reply.started:
-                    await self._reply.chunk(events)
-                continue
-            if before:
-                self._observe_gap(at - before)
-            before = at
-            await self._pass_on(events)
+        self._limit, self._gap_limit = limit, gap_limit
+        await pump(response, self._take)
         if not self._has_ended():
             raise EngineFailure(self._endpoint, FailureKind.DISCONNECT, "its stream ended early")
         self._record.mark(Moment.LAST_TOKEN)
+
+    def _take(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+        """The hot path, once for every token of every stream: whole events and nothing special."""
+        at = self._now()
+        if at >= self._plain_until or ERROR in data or not (data.startswith(b"data:") and data.endswith(b"\n\n")):
+            return self._take_other(at, data)
+        self._observe_gap(at - self._before)
+        self._before = at
+        return self._reply.push(self._noted(data))
+
+    def _take_other(self, at: float, data: bytes) -> Coroutine[Any, Any, None] | None:
+        events = self._whole_events(data)
+        self._plain_until = 0.0
+        if not events:
+            return None
+        if at >= self._renew_at:  # moving a timer costs more than all the rest, so it moves in steps
+            self._renew(at)
+        if b"data:" not in events:  # a comment that keeps the connection alive is no token
+            return self._reply.push(events) if self._reply.started else None
+        if self._before:
+            self._observe_gap(at - self._before)
+        self._before = at
+        if ERROR in events or not self._reply.started:
+            return self._begin_or_fail(events)
+        if not self._partial:
+            self._plain_until = self._renew_at
+        return self._reply.push(self._noted(events))
+
+    def _renew(self, at: float) -> None:
+        self._limit.reschedule(at + 1.1 * self._gap_limit)
+        self._renew_at = at + 0.1 * self._gap_limit
+        self._engine.num_progress += 1
 
     def _has_ended(self) -> bool:
         """Whether what the engine sent is a whole stream."""
         return not self._partial and self._tail.rstrip().endswith(DONE)
 
-    async def _pass_on(self, events: bytes) -> None:
+    async def _begin_or_fail(self, events: bytes) -> None:
+        """Events with an error among them, or the first ones."""
         error = None
         if ERROR in events:
             at = events.index(ERROR)
             events, error = events[:at], self._reported(events[at:])
         if events:
-            if self._transcript is not None:
-                events = self._transcript.take(events)
             if not self._reply.started:
                 self._record.mark(Moment.FIRST_TOKEN)
                 await self._reply.start_stream()
-            self._record.num_chunks += 1
-            self._tail = events if len(events) > 64 else self._tail[-64:] + events
-            await self._reply.chunk(events)
+            await self._reply.chunk(self._noted(events))
         if error is not None:
             raise error
+
+    def _noted(self, events: bytes) -> bytes:
+        """Tokens on their way to the client: what it gets of them."""
+        if self._transcript is not None:
+            events = self._transcript.take(events)
+        self._record.num_chunks += 1
+        self._tail = events if len(events) > 64 else self._tail[-64:] + events  # a few bytes, or one reference
+        return events
 
     def _whole_events(self, data: bytes) -> bytes:
         """The events that end in `data`; what follows the last of them is kept for the next call."""

@@ -171,6 +171,11 @@ class RouterSettings(BaseSettings):
     max_queue_length: int = Field(
         default=1024, ge=0, description="Requests that wait when that many are in flight; more would hardly be in time."
     )
+    wait_for_room: bool = Field(
+        default=False,
+        description="Let a request wait in the router's queue until a decode engine's rank can hold it to its end. Off "
+        "by default: engines queue for themselves, without a limit on time, and preempt where KV runs out.",
+    )
     queue_timeout: Seconds = Field(
         default=60.0, description="Seconds that a request waits in the queue; a client's patience is rarely longer."
     )

@@ -79,7 +79,7 @@ class Rejection(StrEnum):
     QUEUE_FULL = "queue_full"
     DISPLACED = "displaced"  # it waited, and made room for a request of a higher priority or of a key with fewer
     QUEUE_TIMEOUT = "queue_timeout"
-    DEADLINE = "deadline"  # its own deadline passed while it waited
+    DEADLINE = "deadline"  # its own deadline passed while it waited, or would have
 
 
 class LeaseEnd(StrEnum):

@@ -25,6 +25,7 @@ def make_session(settings: RouterSettings) -> aiohttp.ClientSession:
     )
     return aiohttp.ClientSession(
         connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),  # one client's must not reach another's request; and looking costs time
         auto_decompress=False,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
         headers=engine_headers(settings),

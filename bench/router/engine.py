@@ -35,8 +35,8 @@ _KV_TRANSFER_PARAMS = {
 }
 
 
-def _event() -> tuple[bytes, bytes]:
-    """One event of a stream, about 200 bytes long, as what comes before and after its moment."""
+def _event(token_ids: list[int] | None) -> tuple[bytes, bytes]:
+    """A chunk of a stream with one event, about 200 bytes long, as what comes before and after its moment."""
     event = orjson.dumps(
         {
             "id": "cmpl-4f2a8f103c8f6f0e6c5b4df19f603d",
@@ -50,20 +50,19 @@ def _event() -> tuple[bytes, bytes]:
                     "logprobs": None,
                     "finish_reason": None,
                     "stop_reason": None,
-                    "token_ids": None,
+                    "token_ids": token_ids,
                 }
             ],
             "usage": None,
         }
     )
     before, after = event.split(b"@")
-    return b"data: " + before, after + b"\n\n"
+    num_bytes = len(b"data: " + before) + MOMENT_DIGITS + len(after + b"\n\n")
+    return b"%x\r\ndata: %b" % (num_bytes, before), after + b"\n\n\r\n"
 
 
-_BEFORE, _AFTER = _event()
-_EVENT_BYTES = len(_BEFORE) + MOMENT_DIGITS + len(_AFTER)
-_CHUNK_BEFORE = b"%x\r\n" % _EVENT_BYTES + _BEFORE
-_CHUNK_AFTER = _AFTER + b"\r\n"
+_CHUNK = _event(None)
+_CHUNK_WITH_IDS = _event([12345])  # as vLLM's, for whoever asks for `return_token_ids`
 _DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -86,7 +85,9 @@ _ANSWER = {
     "choices": [_CHOICE],
     "usage": _USAGE,
 }
+_LOGPROBS = {"tokens": [" x"], "token_logprobs": [-0.1], "top_logprobs": [{" x": -0.1}], "text_offset": [0]}
 _PREFILLED = _whole({**_ANSWER, "kv_transfer_params": _KV_TRANSFER_PARAMS})
+_ANSWERED_AGAIN = _whole({**_ANSWER, "choices": [{**_CHOICE, "logprobs": _LOGPROBS}]})  # what our guard asks for
 _ANSWERED = _whole(_ANSWER)
 _MODELS = _whole({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 131_072}]})
 _TRANSFER = {
@@ -97,6 +98,7 @@ _TRANSFER = {
     "transfer_end": 1_700_000_000.1,
 }
 _HEALTHY = _whole({"status": "ok", "model_path": MODEL, "served_model_name": MODEL})
+_COLLECTED = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-protobuf\r\ncontent-length: 0\r\n\r\n"
 _MISSING = _whole({"detail": "Not Found"}, b"404 Not Found")
 
 
@@ -131,6 +133,7 @@ class EngineConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._buffer = b""
         self._num_left = 0
+        self._chunk = _CHUNK
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -159,13 +162,15 @@ class EngineConnection(asyncio.Protocol):
         if not head.endswith(b" HTTP/1.1", 0, head.find(b"\r\n") if b"\r\n" in head else len(head)):
             self._transport.close()  # a router tries whether this is HTTP/2
             return
-        if not head.startswith(b"POST /v1/"):
+        if not head.startswith(b"POST /v1/") or head.startswith(b"POST /v1/traces"):
             self._transport.write(self._told(head, body))
             return
-        self._engine.num_generations += 1
+        self._engine.num_generations += b'"cache_salt"' not in body  # our guard repeats requests, also after a load
         if not _STREAM.search(body):
-            self._transport.write(_PREFILLED if b'"do_remote_decode"' in body else _ANSWERED)
+            again = _ANSWERED_AGAIN if b'"logprobs":' in body else _ANSWERED
+            self._transport.write(_PREFILLED if b'"do_remote_decode"' in body else again)
             return
+        self._chunk = _CHUNK_WITH_IDS if b'"return_token_ids":true' in body else _CHUNK
         wanted = _MAX_TOKENS.search(body)
         self._num_left = int(wanted[1]) if wanted else 16
         self._transport.write(_STREAM_HEAD)
@@ -173,12 +178,14 @@ class EngineConnection(asyncio.Protocol):
             self._engine.num_open += 1
             self._next_event()
         else:
-            self._transport.write(b"".join(_chunk() for _ in range(self._num_left)) + _DONE)
+            self._transport.write(b"".join(self._next_chunk() for _ in range(self._num_left)) + _DONE)
 
     def _told(self, head: bytes, body: bytes) -> bytes:
         path = head.split(b" ", 2)[1]
         if path == b"/v1/models":
             return _MODELS
+        if path == b"/v1/traces":
+            return _COLLECTED
         if path == b"/token_parallel/transfers":
             return _whole({"transfers": dict.fromkeys(orjson.loads(body)["request_ids"], _TRANSFER)})
         # Stock vLLM tells no traits; the others are what routers ask for to see whether an engine is there.
@@ -187,13 +194,13 @@ class EngineConnection(asyncio.Protocol):
     def _next_event(self) -> None:
         self._num_left -= 1
         if self._num_left > 0:
-            self._transport.write(_chunk())
+            self._transport.write(self._next_chunk())
             self._timer = self._loop.call_later(self._engine.interval, self._next_event)
             return
-        self._transport.write(_chunk() + _DONE)
+        self._transport.write(self._next_chunk() + _DONE)
         self._timer = None
         self._engine.num_open -= 1
 
-
-def _chunk() -> bytes:
-    return b"%b%0*d%b" % (_CHUNK_BEFORE, MOMENT_DIGITS, time.monotonic_ns(), _CHUNK_AFTER)
+    def _next_chunk(self) -> bytes:
+        before, after = self._chunk
+        return b"%b%0*d%b" % (before, MOMENT_DIGITS, time.monotonic_ns(), after)

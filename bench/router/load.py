@@ -18,7 +18,7 @@ import orjson
 from bench.router.client import Samples, StreamClient
 from bench.router.engine import MODEL
 from bench.router.peers import Mode
-from bench.router.process import busy_seconds, cpu_seconds, rss_bytes
+from bench.router.process import API_KEY, busy_seconds, cpu_seconds, rss_bytes
 
 if TYPE_CHECKING:
     from bench.router.engine import FakeEngine
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _PROMPT = "The quick brown fox jumps over the lazy dog. " * 12  # about 128 tokens
 HANG_SECONDS = 60.0
 """What is not over this long after its time counts as hung."""
+SPARE_SECONDS = 30.0
+"""What a load may take beyond its time; what runs then is cut off, and counts as an error."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Load:
     def interval(self) -> float:
         """Seconds between two events of a stream."""
         return self.period / self.num_events
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which the load is over, done or not."""
+        return self.seconds + 2 * self.period + SPARE_SECONDS
 
     @property
     def num_rounds(self) -> int:
@@ -92,6 +99,7 @@ def request_body(mode: Mode, num_events: int, stream: bool = True) -> bytes:
 def request_bytes(mode: Mode, num_events: int) -> bytes:
     body = request_body(mode, num_events)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += b"Authorization: Bearer %b\r\n" % API_KEY.encode()
     return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
 
 
@@ -203,7 +211,12 @@ async def _run_clients(load: Load, request: bytes, port: int, samples: Samples) 
         if client is not None:
             client.close()
 
-    await asyncio.gather(*(run(number) for number in range(load.concurrency)))
+    runs = [asyncio.create_task(run(number)) for number in range(load.concurrency)]
+    _, late = await asyncio.wait(runs, timeout=load.limit)
+    for late_run in late:
+        samples.failed("cut off")
+        late_run.cancel()
+    await asyncio.gather(*runs, return_exceptions=bool(late))
 
 
 async def _sample_memory(router: RouterProcess) -> int:

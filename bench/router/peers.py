@@ -21,6 +21,7 @@ REQUIREMENTS = (
 )
 OURS = "tknp"
 DIRECT = "direct"  # no router: what the client and the engine take by themselves
+GUARD_SHARE = 0.01
 _PROXIES = Path(__file__).parent / "proxies"
 
 
@@ -44,22 +45,29 @@ class Start:
     spare_port: int  # for its metrics
     prefill_url: str
     decode_url: str
+    keys_file: Path
     our_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Router:
-    """`command` makes the command line; `is_ours` needs no foreign package."""
+    """`command` makes the command line; `is_ours` needs no foreign package. With more than `most_streams` at once it is
+    not measured: it does not hold its rate by far, and every load would last a minute."""
 
     name: str
     mode: Mode
     command: Callable[[Start], list[str]]
     is_ours: bool = False
+    most_streams: int | None = None
 
 
 def _ours(start: Start) -> list[str]:
+    """Everything that is off by default is on: keys, traces (the decode engine poses as their collector), the guard."""
     engines = [f"--prefill-urls={start.prefill_url}", f"--decode-urls={start.decode_url}"]
-    return [sys.executable, "-m", "tknp", "router", "--port", str(start.port), *engines, *start.our_options]
+    traces = [f"--otlp-traces-endpoint={start.decode_url}/v1/traces", "--otlp-traces-protocol=http/protobuf"]
+    extras = [f"--api-keys-file={start.keys_file}", *traces, f"--guard-share={GUARD_SHARE}"]
+    command = [sys.executable, "-m", "tknp", "router", "--port", str(start.port)]
+    return [*command, *engines, *extras, *start.our_options]
 
 
 def _rust(module: str, pd_flag: str) -> Callable[[Start], list[str]]:
@@ -82,15 +90,20 @@ def _script(name: str, with_prefill: bool) -> Callable[[Start], list[str]]:
     return command
 
 
+def _ours_relay(start: Start) -> list[str]:
+    return [sys.executable, str(_PROXIES / "relay.py"), str(start.port), start.decode_url]
+
+
 ROUTERS = (
     Router(OURS, Mode.ONE_LEG, _ours, is_ours=True),
     Router("vllm-router", Mode.ONE_LEG, _rust("vllm_router.launch_router", "")),
     Router("sglang-router", Mode.ONE_LEG, _rust("sglang_router.launch_router", "")),
-    Router("fastapi-httpx", Mode.ONE_LEG, _script("fastapi_httpx.py", with_prefill=False)),
+    Router("fastapi-httpx", Mode.ONE_LEG, _script("fastapi_httpx.py", with_prefill=False), most_streams=64),
+    Router("packet-relay", Mode.ONE_LEG, _ours_relay, is_ours=True),
     Router(OURS, Mode.TWO_LEG, _ours, is_ours=True),
     Router("vllm-router", Mode.TWO_LEG, _rust("vllm_router.launch_router", "--vllm-pd-disaggregation")),
     Router("sglang-router", Mode.TWO_LEG, _rust("sglang_router.launch_router", "--pd-disaggregation")),
-    Router("vllm-toy-proxy", Mode.TWO_LEG, _script("toy_pd.py", with_prefill=True)),
+    Router("vllm-toy-proxy", Mode.TWO_LEG, _script("toy_pd.py", with_prefill=True), most_streams=64),
 )
 
 

@@ -19,7 +19,7 @@ import uvloop
 from bench.router.engine import FakeEngine
 from bench.router.load import Load, Result, pin, request_body, run_load
 from bench.router.peers import DIRECT, REQUIREMENTS, ROUTERS, Mode, PeersMissingError, Router, Start, install, versions
-from bench.router.process import RouterFailedError, RouterProcess, free_port
+from bench.router.process import API_KEY, RouterFailedError, RouterProcess, free_port
 from bench.router.report import FAST, FEW, PACED
 from tknp import __version__
 
@@ -48,9 +48,14 @@ class Plan:
         """A smoke test: ours alone, seconds."""
         return cls(concurrencies=(8, 64), repeats=1, seconds=0.5, routers=("tknp",))
 
-    def loads(self) -> Iterator[Load]:
+    def loads(self, most_streams: int | None = None, repeat: int = 0) -> Iterator[Load]:
+        """Of the turn number `repeat`: large loads take long and vary little, so they have half as many turns."""
         cost = COST_CONCURRENCY if COST_CONCURRENCY in self.concurrencies else self.concurrencies[-1]
         for concurrency in self.concurrencies:
+            if concurrency > COST_CONCURRENCY and 2 * repeat > self.repeats:
+                continue
+            if most_streams is not None and concurrency > most_streams:
+                continue
             # Few streams don't reach the rate: one at a time gets its events 2 ms apart, others last half a second.
             period = max(concurrency / STREAMS_PER_SECOND, 0.5) if concurrency > 1 else 0.002 * self.num_events
             yield Load(FAST, concurrency, 8, self.seconds)
@@ -111,6 +116,10 @@ async def _compare(
     try:
         known.results.extend(await _direct(plan, engines, cores, tell))
         for router in routers:
+            left_out = [n for n in plan.concurrencies if router.most_streams and n > router.most_streams]
+            if left_out:
+                why = f"it does not hold its rate with more than {router.most_streams} streams at once"
+                known.environment["not_measured"] |= {f"{router.name} {router.mode} {n}": why for n in left_out}
             try:
                 known.results.extend(await _measure(plan, router, python, engines, cores, tell))
             except RouterFailedError as error:
@@ -127,8 +136,8 @@ async def _direct(
 ) -> list[Result]:
     """The client straight to the engine: what every added time is measured from."""
     results = []
-    for _ in range(plan.repeats):
-        for load in plan.loads():
+    for repeat in range(plan.repeats):
+        for load in plan.loads(repeat=repeat):
             result = await run_load(load, Mode.ONE_LEG, engines, engines[1].port, cores)
             tell(_line(result))
             results.append(result)
@@ -148,10 +157,11 @@ async def _measure(
     results: list[Result] = []
     process: RouterProcess | None = None
     try:
-        for _ in range(plan.repeats):
-            for load in plan.loads():
+        for repeat in range(plan.repeats):
+            for load in plan.loads(router.most_streams, repeat):
                 if process is None or not process.is_alive:
-                    start = Start(python, free_port(), free_port(), prefill.url, decode.url, plan.our_options)
+                    urls = prefill.url, decode.url
+                    start = Start(python, free_port(), free_port(), *urls, keys_file(plan), plan.our_options)
                     log = plan.log_dir / f"{router.name}-{router.mode}.log"
                     process = RouterProcess(router.name, router.command(start), start.port, cores[0], log)
                     await asyncio.to_thread(process.wait_ready, request_body(router.mode, 1, stream=False))
@@ -164,6 +174,14 @@ async def _measure(
         if process is not None:
             await asyncio.to_thread(process.stop)
     return results
+
+
+def keys_file(plan: Plan) -> Path:
+    """The API keys that our router is to know, beside its output."""
+    path = plan.log_dir.absolute() / "keys.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(API_KEY + "\n")
+    return path
 
 
 @contextmanager

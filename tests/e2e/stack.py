@@ -34,13 +34,13 @@ class Stack:
             held.append(f"prefill: {usage:.2%} of its blocks in use")
         return held
 
-    def wait_idle(self, seconds: float = 60) -> None:
+    def wait_idle(self, seconds: float = 60, pause: float = 0.2) -> None:
         """Returns once every block of both pools is free; says which are not if that takes longer."""
         deadline = time.monotonic() + seconds
         while held := self.held():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"KV still held after {seconds:.0f} s: {'; '.join(held)}")
-            time.sleep(0.2)
+            time.sleep(pause)
 
     def transfer(self, request_id: str) -> dict[str, Any]:
         """Rank and bytes of one request's KV transfer."""

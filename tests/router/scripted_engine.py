@@ -60,6 +60,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []  # ids of requests that were to be dropped
         self.released: list[str] = []  # ids of leases
         self.has_release = True  # False as of stock vLLM
+        self.only_embeds = False
         self.num_slow_checks = 0  # so many health checks from now on get no answer
         self.models: list[dict[str, Any]] = [{"id": MODEL, "object": "model", "max_model_len": 4096}]
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
@@ -194,6 +195,9 @@ class ScriptedEngine:
             self.num_probes += 1
             self.last_probe = raw
             await asyncio.sleep(self.probe_delay)
+            if self.only_embeds:
+                is_embedding = request.path == Task.EMBEDDINGS
+                return web.json_response({"data": [{"embedding": [0.5]}]}, status=200 if is_embedding else 404)
             return web.json_response({"choices": []}, status=200 if self.can_generate else 500)
         seen = Seen(
             request.path, {name.lower(): value for name, value in request.headers.items()}, orjson.loads(raw), raw

@@ -49,9 +49,11 @@ def test_a_longer_token_that_begins_like_ours_ties_where_it_begins() -> None:
     assert (verdict.result, verdict.position, verdict.token, verdict.gap) == (GuardResult.TIE, 2, 0, 0.01)
 
 
-def test_tokens_that_are_no_text_are_not_searched() -> None:
+def test_among_tokens_that_are_no_text_only_answers_without_any_tie_are_different() -> None:
     again = Answer("éa", (Token("\ufffd", ()), Token("\ufffd", ()), Token("a", (("b", 0.0),))))
-    assert compare("éb", again, TOLERANCE) == Verdict(GuardResult.DIFFERENT, 1)
+    assert compare("éb", again, TOLERANCE) == Verdict(GuardResult.UNCLEAR, 1)
+    sure = Answer("éa", (Token("\ufffd", ()), Token("\ufffd", (("x", 2.0),)), Token("a", (("b", 1.0),))))
+    assert compare("éb", sure, TOLERANCE) == Verdict(GuardResult.DIFFERENT, 1)
     assert compare("x", Answer("y"), TOLERANCE) == Verdict(GuardResult.DIFFERENT, 0)
 
 

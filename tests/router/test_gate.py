@@ -15,7 +15,7 @@ from openai import AuthenticationError, OpenAI
 
 from router.callers import ANONYMOUS
 from router.errors import Forbidden
-from router.gate import Gate
+from router.gate import admit
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
 from tests.router.scripted_engine import MODEL, status
@@ -103,10 +103,9 @@ def test_without_keys_an_admin_s_path_is_for_the_router_s_own_machine() -> None:
     there = {"path": "/admin/x", "client": ("10.0.0.9", 5), "state": {}}
     router = SimpleNamespace(access=SimpleNamespace(identify=lambda scope: ANONYMOUS))
     app: Any = SimpleNamespace(state=SimpleNamespace(router=router))
-    gate = Gate(app, frozenset())
-    gate._check({**here, "app": app})
+    admit({**here, "app": app})
     with pytest.raises(Forbidden, match="own machine"):
-        gate._check({**there, "app": app})
+        admit({**there, "app": app})
 
 
 def test_ready_tells_strangers_no_more_than_whether(locked: Stack) -> None:

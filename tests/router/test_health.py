@@ -50,3 +50,14 @@ def test_a_probe_is_an_ordinary_request_of_one_token(start_stack: StartStack) ->
     probe = orjson.loads(stack.prefill[0].last_probe)
     assert (probe["model"], probe["max_tokens"]) == ("tiny", 1)
     assert "kv_transfer_params" not in probe, "nothing is to be kept for it"
+
+
+def test_an_engine_whose_model_only_embeds_is_up(start_stack: StartStack) -> None:
+    stack = start_stack(generation_check_interval=0.1)
+    (_, decode) = stack.router.state.pool.engines
+    stack.decode[0].only_embeds = True
+    num_probes = stack.decode[0].num_probes
+    wait_for(lambda: stack.decode[0].num_probes > num_probes + 4)
+    assert decode.is_up
+    body = {"model": "tiny", "input": "hi"}
+    assert stack.router.call("POST", "/v1/embeddings", body).status == 200

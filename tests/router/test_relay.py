@@ -20,14 +20,18 @@ EVENTS = [b'data: {"text":"%d"}\n\n' % i for i in range(20)] + [b"data: [DONE]\n
 
 class Content:
     def __init__(self, pieces: list[bytes]) -> None:
-        self._pieces = iter(pieces)
+        self._pieces = list(pieces)
+
+    def at_eof(self) -> bool:
+        return not self._pieces
 
     async def readany(self) -> bytes:
-        return next(self._pieces, b"")
+        return self._pieces.pop(0)
 
 
 class Response:
     content_type = "text/event-stream"
+    connection = None
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.content = Content(pieces)
