@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from router.discovery import check_discovery
+from router.discovery_settings import DiscoverySettings, Seconds
 from router.engine_file import check_engine_url
 from router.hosts import split_patterns
 from router.keys import read_keys
@@ -17,11 +18,10 @@ from router.policies import load_policies
 from router.tls import make_context
 from router.types import Endpoint, Role
 
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Urls = Annotated[tuple[str, ...], NoDecode]
 
 
-class RouterSettings(BaseSettings):
+class RouterSettings(DiscoverySettings):
     """Each field: unit, default and the reason for it. Lists are comma-separated in the environment."""
 
     model_config = SettingsConfigDict(env_prefix="TKNP_ROUTER_", extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -272,54 +272,6 @@ class RouterSettings(BaseSettings):
         default=0.125,
         ge=0,
         description="Nats between the two likeliest tokens that count as a tie; two bfloat16 logits near 20 differ so.",
-    )
-
-    # Discovery
-    discovery: Literal["static", "file", "kubernetes"] = Field(
-        default="static", description="Where engines come from: the two lists of URLs, a file, or Kubernetes' pods."
-    )
-    engines_file: FilePath | None = Field(
-        default=None,
-        description="File of --discovery file: a line for each engine, as prefill URL or decode URL; read again when "
-        "it changes.",
-    )
-    kubernetes_namespace: str = Field(
-        default="", description="Namespace of the engines' pods; the router's own if empty, for its Role is there."
-    )
-    kubernetes_selector_prefill: str = Field(
-        default="", description="Label selector of prefill engines' pods, such as app=tknp,role=prefill; none if empty."
-    )
-    kubernetes_selector_decode: str = Field(
-        default="", description="Label selector of decode engines' pods; --discovery kubernetes needs it."
-    )
-    kubernetes_port: str = Field(
-        default="http", description="Port of the engines: its number, or the name that the pods' containers give it."
-    )
-
-    # Engines that change their role
-    flip_roles: bool = Field(
-        default=False,
-        description="Move engines that were started with --kv-both between the pools when their loads drift apart; "
-        "for one router alone, because each would decide for itself.",
-    )
-    flip_prefill_tokens: int = Field(
-        default=16_384,
-        ge=1,
-        description="Prompt tokens outstanding on each prefill engine from which that pool needs another one; about "
-        "what an engine computes in the time that a first token may take.",
-    )
-    flip_decode_kv: float = Field(
-        default=0.9,
-        gt=0,
-        le=2,
-        description="Share of the decode engines' KV cache, promised to requests until their end, from which that pool "
-        "needs another engine.",
-    )
-    flip_hold: Seconds = Field(
-        default=30.0, description="Seconds that a pool must be in need without a break; a burst is over by then."
-    )
-    flip_cooldown: Seconds = Field(
-        default=120.0, description="Seconds from one flip to the next; its effect must be seen first."
     )
 
     @field_validator("prefill_urls", "decode_urls", "cors_allowed_origins", "allowed_engine_hosts", mode="before")

@@ -35,6 +35,12 @@ def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device:
             "decode steps replay no FULL CUDA graphs"
         )
         return None
+    if not _reach_one_another(group, device):
+        logger.warning(
+            "token parallelism: not all of its GPUs can access one another's memory (nvidia-smi topo -p2p rw shows "
+            "which), so rows travel over NCCL and decode steps replay no FULL CUDA graphs"
+        )
+        return None
     dtype = vllm_config.model_config.dtype
     layouts = [RowLayout.of(layer) for layer in layers.values()]
     width = max(max(sum(layout.widths), layout.num_heads * layout.head_size_v) for layout in layouts)
@@ -45,6 +51,17 @@ def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device:
     memory = SymmetricMemory(group.device_group, num_bytes, device)
     exchange = Exchange(memory, group.rank_in_group, group.world_size, max_rows, width, dtype)
     return Graphs(exchange, list(layers))
+
+
+def _reach_one_another(group: Any, device: torch.device) -> bool:
+    """Whether each device of the group can write to every other's memory; all ranks get the same answer."""
+    devices: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(devices, device.index, group=group.cpu_group)
+    others = [index for index in devices if index != device.index]
+    votes: list[Any] = [None] * group.world_size
+    mine = all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+    torch.distributed.all_gather_object(votes, mine, group=group.cpu_group)
+    return all(votes)
 
 
 def overlap_from(vllm_config: Any, layers: Iterable[Any], parameters: Iterable[torch.Tensor]) -> int | None:
