@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def test_prefill_on_two_decode_on_one_by_two(models: Models, log_dir: Path, plai
 
 def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama: Expected) -> None:
     model = models("llama")
-    prefill = [start_prefill(model, log_dir, name=f"prefill-{i}") for i in range(2)]
+    prefill = [start_prefill(model, log_dir, *both, name=f"prefill-{i}") for i, both in enumerate(((), ("--kv-both",)))]
     # One decode engine is token-parallel, the other one is plain vLLM with our connector.
-    decode = [start_decode(model, log_dir, size, name=f"decode-{size}") for size in (1, 2)]
+    decode = [start_decode(model, log_dir, 1, "--kv-both", name="decode-1"), start_decode(model, log_dir, 2)]
     router = start_router(log_dir, prefill, decode)
     try:
         for engine in (*prefill, *decode):
@@ -89,6 +90,27 @@ def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama
                 assert router.metric(f"{role}_requests_total", engine=name, outcome="ok") > 3
         for engine in decode:
             assert engine.metric("tknp_kv_transfer_bytes_total") > 0
+        assert [engine.get("/kv_roles")["roles"] for engine in (*prefill, *decode)] == [
+            ["prefill"],
+            ["prefill", "decode"],
+            ["prefill", "decode"],
+            ["decode"],
+        ]
+        # In one router every load is too much for the prefill pool, in the other one for the decode pool.
+        for role, engine, limits in (
+            ("prefill", decode[0], ("--flip-prefill-tokens", "1", "--flip-decode-kv", "2")),
+            ("decode", prefill[1], ("--flip-prefill-tokens", "1000000", "--flip-decode-kv", "0.00001")),
+        ):
+            router.stop()
+            router = start_router(log_dir, prefill, decode, "--flip-roles", "--flip-hold", "0.1", *limits)
+            router.wait_ready("/ready")
+            deadline = time.monotonic() + 120
+            name = engine.url.removeprefix("http://")
+            while not router.metric(f"{role}_requests_total", engine=name, outcome="ok"):
+                assert time.monotonic() < deadline, f"{name} did not become a {role} engine:\n{router.tail()}"
+                assert answers(router, asks, at_once=8) == plain_llama(asks)
+            assert router.metric("tknp_role_flips_total", role=role) == 1
+            assert not router.metric("tknp_requests_total", outcome="failed")
     finally:
         for service in (router, *decode, *prefill):
             service.stop()
