@@ -217,7 +217,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
         ),
         platform.machine(),
     )
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(plan).items()}
+    settings = {name: v for name, v in asdict(plan).items() if not isinstance(v, Path)}  # folders are nobody's business
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu,
