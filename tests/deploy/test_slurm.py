@@ -55,7 +55,7 @@ def taken(monkeypatch: pytest.MonkeyPatch, target: str, words: list[str]) -> tup
 def test_a_prefill_job_is_an_engine_on_each_node(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = job("prefill.sbatch", "a/model", "--hf-overrides", '{"a": "b c"}')
     args = taken(monkeypatch, "services.prefill.service.run_prefill", words)
-    assert args == ("a/model", "127.0.0.1", 8100, 8101, ["--hf-overrides", '{"a": "b c"}'])
+    assert args == ("a/model", "127.0.0.1", 8100, 8101, ["--hf-overrides", '{"a": "b c"}'], False)
     assert (tmp_path / "record.urls").read_text() == "http://127.0.0.1:8100\n"
     assert not list((tmp_path / "run" / "prefill").iterdir()), "the address of an engine that has ended"
 
@@ -64,7 +64,7 @@ def test_a_decode_job_is_one_engine_over_all_nodes(job: Job, tmp_path: Path, mon
     words = job("decode.sbatch", "a/model", "--token-parallel-size", "4", "--enforce-eager", TKNP_PORT="9000")
     args = taken(monkeypatch, "services.decode.service.run_decode", words)
     nodes = Nodes(2, 1, "127.0.0.1", 29501)
-    assert args == ("a/model", "127.0.0.1", 9000, 4, None, ["--enforce-eager"], nodes)
+    assert args == ("a/model", "127.0.0.1", 9000, 4, None, ["--enforce-eager"], None, False, nodes)
     assert (tmp_path / "record.urls").read_text() == "http://127.0.0.1:9000\n"
     assert not list((tmp_path / "run" / "decode").iterdir())
 

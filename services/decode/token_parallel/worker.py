@@ -66,11 +66,12 @@ class RootWorker(KVPeerWorker, PlatformWorker):
     def token_parallel_pace(self) -> float | None:
         """Seconds of a decode step in which this root does not attend, of the largest batch that runs in micro-batches;
         None if none does, since the others then wait for it anyway."""
-        graphs, manager = self.context.graphs, self.model_runner.cudagraph_manager
+        graphs = self.context.graphs
         if graphs is None or not graphs.sizes.sizes or graphs.sizes.num_micro_batches(graphs.sizes.sizes[-1]) == 1:
             return None
-        largest = max(manager.graphs, key=lambda descriptor: descriptor.num_tokens)
-        return seconds_of(manager.graphs[largest].replay)  # nobody owns a row yet
+        captured = self.model_runner.cudagraph_manager.graphs
+        largest = max(captured, key=lambda descriptor: descriptor.num_tokens)
+        return seconds_of(captured[largest].replay)  # nobody owns a row yet
 
     def _know_groups(self, groups: list[Any]) -> None:
         block_sizes = [group.kv_cache_spec.block_size for group in groups]
