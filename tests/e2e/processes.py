@@ -73,12 +73,14 @@ class Service:
             )
 
     def wait_ready(self, path: str = "/health") -> None:
-        """Returns once `path` answers 200; fails with the log's end if the process ends before."""
+        """Returns once `path` answers 200, and a router's /ready that nothing is worse than it should be; fails with the
+        log's end if the process ends before."""
 
         def ready() -> bool:
             if (code := self.process.poll()) is not None:
                 raise RuntimeError(f"{self.name} ended with {code} while starting:\n{self.tail()}")
-            return requests.get(self.url + path, timeout=10).status_code == 200
+            answer = requests.get(self.url + path, timeout=10)
+            return answer.status_code == 200 and not (path == "/ready" and answer.json()["degraded"])
 
         wait_for(ready, START_SECONDS, f"{self.name} being ready")
 
