@@ -73,8 +73,9 @@ class Service:
             )
 
     def wait_ready(self, path: str = "/health") -> None:
-        """Returns once `path` answers 200, and a router's /ready that nothing is worse than it should be; fails with the
-        log's end if the process ends before."""
+        """Returns once `path` answers 200, and a router's /ready that nothing is worse than it should be.
+
+        Fails with the log's end if the process ends before."""
 
         def ready() -> bool:
             if (code := self.process.poll()) is not None:
