@@ -110,7 +110,7 @@ class TokenParallelContext:
                 )
             batch_row = {request: row for row, request in enumerate(self.row_request_ids(common_attn_metadata))}
             exchange = self.graphs.exchange
-            exchange.tables.write(root_tables(step, exchange, self.graphs.layers_before, batch_row))
+            exchange.buffers.write(root_tables(step, exchange, self.graphs.layers_before, batch_row))
             self._longest = self.graphs.write_own_rows(self.batch, step.rows_each)
         return self._longest
 

@@ -6,10 +6,11 @@ attention outputs into the root's and raises a flag in turn. No call needs the h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES
@@ -41,37 +42,57 @@ class SymmetricMemory:
         torch.distributed.barrier(group)
 
 
+@dataclass(frozen=True)
 class StepTables:
-    """What changes from step to step, in device memory at fixed addresses; one copy fills all of it.
+    """What changes from step to step. In device memory `StepBuffers` holds it at fixed addresses.
 
     Attributes:
         step: int64 `[1]`, layers counted before this step.
+        place: for the root, where each batch row is found in the micro-batches' outputs put together, int64
+            `[max_rows]`.
         target_rank, target_row, needed: per micro-batch, as `symmetric_kernels` wants them.
         order: per micro-batch, the batch row of each of its rows, int64 `[max_rows]`; for the root.
-        place: where each batch row is found in the micro-batches' outputs put together, int64 `[max_rows]`; likewise.
     """
+
+    step: Any
+    place: Any
+    target_rank: Sequence[Any]
+    target_row: Sequence[Any]
+    order: Sequence[Any]
+    needed: Sequence[Any]
+
+    @classmethod
+    def of(cls, parts: Sequence[Any]) -> StepTables:
+        """From parts in the order of `parts()`."""
+        return cls(parts[0], parts[1], parts[2::4], parts[3::4], parts[4::4], parts[5::4])
+
+    def parts(self) -> list[Any]:
+        """All arrays: step, place, and then those of each micro-batch."""
+        by_micro_batch = zip(self.target_rank, self.target_row, self.order, self.needed, strict=True)
+        return [self.step, self.place, *(part for parts in by_micro_batch for part in parts)]
+
+
+class StepBuffers:
+    """`StepTables` in device memory; one copy fills all of it."""
 
     def __init__(self, size: int, max_rows: int, device: torch.device) -> None:
         self._lengths = [1, max_rows] + [max_rows, max_rows, max_rows, size] * MAX_MICRO_BATCHES
         self._device = torch.zeros(sum(self._lengths), dtype=torch.int64, device=device)
-        self.step, self.place, *rest = self._device.split(self._lengths)
-        self.target_rank, self.target_row = rest[0::4], rest[1::4]
-        self.order, self.needed = rest[2::4], rest[3::4]
+        self.tables = StepTables.of(self._device.split(self._lengths))
         self.write(self.idle())
 
-    def idle(self) -> list[npt.NDArray[np.int64]]:
-        """Tables by which nobody sends and nobody waits: for warm-up and capture. One array for each attribute, in the
-        order of `[step, place, (target_rank, target_row, order, needed) per micro-batch]`."""
-        tables = [np.zeros(length, np.int64) for length in self._lengths]
-        tables[0][:] = -(1 << 40)  # what warm-up raises flags to stays below any live step
-        for micro_batch in range(MAX_MICRO_BATCHES):
-            tables[2 + 4 * micro_batch][:] = NOBODY
-            tables[5 + 4 * micro_batch][:] = _NEVER_NEEDED
+    def idle(self) -> StepTables:
+        """Host tables by which nobody sends and nobody waits: to begin with, and for warm-up and capture."""
+        tables = StepTables.of([np.zeros(length, np.int64) for length in self._lengths])
+        tables.step[:] = -(1 << 40)  # what warm-up raises flags to stays below any live step
+        for target_rank, needed in zip(tables.target_rank, tables.needed, strict=True):
+            target_rank[:] = NOBODY
+            needed[:] = _NEVER_NEEDED
         return tables
 
-    def write(self, tables: list[npt.NDArray[np.int64]]) -> None:
-        """Enqueues the copy on the current stream."""
-        host = torch.from_numpy(np.concatenate(tables))
+    def write(self, tables: StepTables) -> None:
+        """Enqueues the copy of host tables on the current stream."""
+        host = torch.from_numpy(np.concatenate(tables.parts()))
         if self._device.is_cuda:
             host = host.pin_memory()  # a fresh buffer each step: the host runs ahead of the copy
         self._device.copy_(host, non_blocking=True)
@@ -96,7 +117,8 @@ class Exchange:
         self._arrived = torch.zeros(MAX_MICRO_BATCHES, dtype=torch.int32, device=device)
         flags = memory.own[self._flags_at : self._flags_at + MAX_MICRO_BATCHES * size * 8].view(torch.int64)
         self._flags = flags.view(MAX_MICRO_BATCHES, size)
-        self.tables = StepTables(size, max_rows, device)
+        self.buffers = StepBuffers(size, max_rows, device)
+        self.tables = self.buffers.tables
         self.num_steps = 0
         self._max_ranks = 1 << (size - 1).bit_length()
 

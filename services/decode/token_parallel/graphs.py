@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from services.decode.token_parallel.batch import Batch
-from services.decode.token_parallel.exchange import Exchange
+from services.decode.token_parallel.exchange import Exchange, StepTables
 from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES, GraphSizes, MicroBatch, divide
 from services.decode.token_parallel.own_rows import OwnRows
 from services.decode.token_parallel.rows import RowLayout
@@ -115,36 +115,34 @@ class Graphs:
         self.exchange.take(m, output)
 
 
-def root_tables(step: GraphStep, exchange: Exchange, layers_before: int, batch_row: dict[str, int]) -> list[Any]:
-    """The root's `StepTables` for a step.
+def root_tables(step: GraphStep, exchange: Exchange, layers_before: int, batch_row: dict[str, int]) -> StepTables:
+    """The root's tables for a step.
 
     Args:
         batch_row: the row of each request in the model runner's batch.
     """
-    tables = exchange.tables.idle()
-    tables[0][:] = layers_before
+    tables = exchange.buffers.idle()
+    tables.step[:] = layers_before
     for m, part in enumerate(step.micro_batches):
-        target_rank, target_row, order, needed = tables[2 + 4 * m : 6 + 4 * m]
         for rank, (first, requests) in enumerate(zip(part.first_rows, part.requests, strict=True)):
             rows = slice(first, first + len(requests))
-            order[rows] = [batch_row[request] for request in requests]
+            tables.order[m][rows] = [batch_row[request] for request in requests]
             if rank and requests:
-                target_rank[rows] = rank
-                target_row[rows] = np.arange(len(requests))
-                needed[rank] = layers_before
-        tables[1][order[: part.num_rows]] = m * step.rows_each + np.arange(part.num_rows)
+                tables.target_rank[m][rows] = rank
+                tables.target_row[m][rows] = np.arange(len(requests))
+                tables.needed[m][rank] = layers_before
+        tables.place[tables.order[m][: part.num_rows]] = m * step.rows_each + np.arange(part.num_rows)
     return tables
 
 
-def worker_tables(step: GraphStep, exchange: Exchange, layers_before: int) -> list[Any]:
-    """A KV worker's `StepTables` for a step."""
-    tables = exchange.tables.idle()
-    tables[0][:] = layers_before
+def worker_tables(step: GraphStep, exchange: Exchange, layers_before: int) -> StepTables:
+    """A KV worker's tables for a step."""
+    tables = exchange.buffers.idle()
+    tables.step[:] = layers_before
     for m, part in enumerate(step.micro_batches):
-        target_rank, target_row, _, needed = tables[2 + 4 * m : 6 + 4 * m]
         count = len(part.requests[exchange.rank])
         if count:
-            target_rank[:count] = 0
-            target_row[:count] = part.first_rows[exchange.rank] + np.arange(count)
-            needed[0] = layers_before
+            tables.target_rank[m][:count] = 0
+            tables.target_row[m][:count] = part.first_rows[exchange.rank] + np.arange(count)
+            tables.needed[m][0] = layers_before
     return tables

@@ -54,7 +54,7 @@ class KVGraphs:
         exchange, parts = self._graphs.exchange, len(step.micro_batches)
         largest = max(len(part.requests[exchange.rank]) for part in step.micro_batches)
         rows = self._sizes[parts][bisect_left(self._sizes[parts], largest)]
-        exchange.tables.write(worker_tables(step, exchange, self._graphs.layers_before))
+        exchange.buffers.write(worker_tables(step, exchange, self._graphs.layers_before))
         self._build(rows, self._graphs.write_own_rows(batch, rows))
         self._captured[rows, parts].replay()
 

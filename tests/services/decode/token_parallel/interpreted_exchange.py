@@ -65,9 +65,9 @@ def run_step(ranks: list[Graphs], owners: list[list[str]], parts: int) -> None:
     for graphs in ranks:
         graphs.exchange.num_steps += 1
     root = ranks[0].exchange
-    root.tables.write(root_tables(step, root, ranks[0].layers_before, batch_row))
+    root.buffers.write(root_tables(step, root, ranks[0].layers_before, batch_row))
     for worker in ranks[1:]:
-        worker.exchange.tables.write(worker_tables(step, worker.exchange, worker.layers_before))
+        worker.exchange.buffers.write(worker_tables(step, worker.exchange, worker.layers_before))
     batch = torch.randn(STEP_ROWS, WIDTH)
     for layer in range(len(LAYERS)):
         outputs = [
