@@ -73,17 +73,20 @@ class Service:
             )
 
     def wait_ready(self, path: str = "/health") -> None:
-        """Returns once `path` answers 200, and a router's /ready that nothing is worse than it should be.
-
-        Fails with the log's end if the process ends before."""
+        """Returns once `path` answers 200; fails with the log's end if the process ends before."""
 
         def ready() -> bool:
             if (code := self.process.poll()) is not None:
                 raise RuntimeError(f"{self.name} ended with {code} while starting:\n{self.tail()}")
-            answer = requests.get(self.url + path, timeout=10)
-            return answer.status_code == 200 and not (path == "/ready" and answer.json()["degraded"])
+            return requests.get(self.url + path, timeout=10).status_code == 200
 
         wait_for(ready, START_SECONDS, f"{self.name} being ready")
+
+    def wait_whole(self) -> None:
+        """For a router: returns once it is ready and nothing is worse than it should be, as while it knows decode
+        engines only."""
+        self.wait_ready("/ready")
+        wait_for(lambda: not self.get("/ready")["degraded"], START_SECONDS, f"{self.name} having engines of each kind")
 
     def server_pid(self) -> int:
         """The process that speaks HTTP: the guard's first child."""

@@ -65,7 +65,7 @@ def running(prefill: Service, decode: Service, log_dir: Path, *router_options: s
     try:
         for engine in (prefill, decode):
             engine.wait_ready()
-        router.wait_ready("/ready")
+        router.wait_whole()
         yield Stack(prefill, decode, router)
     finally:
         for service in (router, decode, prefill):

@@ -35,7 +35,7 @@ def stacks(models: Callable[[str], Path], log_dir: Path) -> Iterator[tuple[Stack
     try:
         for engine in (prefill, decode, spare):
             engine.wait_ready()
-        router.wait_ready("/ready")
+        router.wait_whole()
         wait_for(lambda: all(e["up"] for e in router.get("/ready")["engines"]), 60, "every engine being up")
         yield Stack(prefill, decode, router), spare
     finally:

@@ -48,7 +48,7 @@ def deployment(models: Callable[[str], Path], log_dir: Path) -> Iterator[Deploym
         try:
             for engine in (prefill, decode):
                 engine.wait_ready()
-            router.wait_ready("/ready")
+            router.wait_whole()
             yield Deployment(prefill, decode, router, root, kv, prefilling)
         finally:
             for service in (router, decode, prefill):

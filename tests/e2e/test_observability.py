@@ -110,12 +110,14 @@ def test_the_guard_finds_kv_of_other_weights(stack: Stack, wrong_prefill: Servic
     wrong_prefill.wait_ready()
     router = start_router(tmp_path, [wrong_prefill], [stack.decode], "--guard-share=1")
     try:
-        router.wait_ready("/ready")
-        for seed in range(4):
+        router.wait_whole()
+        for seed in range(8):
             ask = greedy(200, 500 + seed)
             assert router.post(ask.path, {**ask.body, "return_token_ids": False}).status_code == 200
-        wait_for(lambda: router.metric("tknp_guard_requests_total") == 4, WAIT, "the guard's verdicts")
-        assert router.metric("tknp_guard_requests_total", result="different") >= 3, "one may be right by chance"
+        wait_for(lambda: router.metric("tknp_guard_requests_total") == 8, WAIT, "the guard's verdicts")
+        assert router.metric("tknp_guard_requests_total", result="equal") <= 1, "one may be right by chance"
+        # The small model writes parts of characters too, of which the guard won't say that they are wrong.
+        assert router.metric("tknp_guard_requests_total", result="different") >= 3
         assert "two answers to one greedy request part" in router.tail()
         shown = router.get("/status")["guard"]
         assert shown["counts"]["different"] >= 3

@@ -81,7 +81,7 @@ def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama
     try:
         for engine in (*prefill, *decode):
             engine.wait_ready()
-        router.wait_ready("/ready")
+        router.wait_whole()
         asks = [*around_boundaries(seed=1), *crowd(seed=2)[:12]]
         assert answers(router, asks, at_once=8) == plain_llama(asks)
         for role, engines in (("prefill", prefill), ("decode", decode)):
@@ -103,7 +103,7 @@ def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama
         ):
             router.stop()
             router = start_router(log_dir, prefill, decode, "--flip-roles", "--flip-hold", "0.1", *limits)
-            router.wait_ready("/ready")
+            router.wait_whole()
             deadline = time.monotonic() + 120
             name = engine.url.removeprefix("http://")
             while not router.metric(f"{role}_requests_total", engine=name, outcome="ok"):

@@ -23,7 +23,7 @@ def watched(prefill: Service, decode: Service, folder: Path) -> Iterator[Prometh
     """A router of its own in front of the two engines, with clients that ask all the time, until the block ends."""
     router = start_router(folder, [prefill], [decode], *BUSY)
     try:
-        router.wait_ready("/ready")
+        router.wait_whole()
         with run_prometheus(folder, router.url) as prometheus, _clients(router):
             yield prometheus
     finally:
