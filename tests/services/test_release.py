@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from services import engine_call, release
+from services import engine_call, kv_peers, release
 from tests.services.contract import require, source
 
 
@@ -124,3 +124,9 @@ def test_a_key_from_the_environment_is_wanted_too(monkeypatch: pytest.MonkeyPatc
         client(engine, "sk-option").post("/requests/r/abort", headers={"Authorization": "Bearer sk-env"}).status_code
         == 401
     )
+
+
+def test_an_engine_that_also_takes_kv_cache_releases_leases_too() -> None:
+    engine = Engine(kv_peers.EXTENSION_OF_BOTH)
+    assert client(engine).post("/kv_leases/l1/release").status_code == 204
+    assert engine.calls == [("release_kv_lease", "l1")]

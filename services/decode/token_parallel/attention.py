@@ -59,7 +59,9 @@ def _wrap_builder(inner: type[Any]) -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             # Backends keep what a graph reads in buffers of the builder, so each micro-batch has one of its own.
-            self._of_micro_batch = [splitting(inner)(*args, **kwargs) for _ in range(MAX_MICRO_BATCHES)]
+            context = get_context()
+            count = MAX_MICRO_BATCHES if context is not None and context.graphs is not None else 0
+            self._of_micro_batch = [splitting(inner)(*args, **kwargs) for _ in range(count)]
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
