@@ -72,6 +72,8 @@ def make_path(setting: str, nixl: Any, device: Any) -> DirectPath | NixlPath:
 class NixlPath:
     """Everything goes through NIXL."""
 
+    takes_regions = False
+
     def __init__(self, nixl: Any) -> None:
         self.agent = nixl
 
@@ -87,6 +89,9 @@ class NixlPath:
 
 class DirectPath:
     """Straight from peers on this host whose memory can be mapped; through NIXL from all others."""
+
+    takes_regions = True
+    """Whether pages may be given as RegionIds."""
 
     def __init__(self, nixl: Any, copier: PageCopier, required: bool) -> None:
         """Args:
