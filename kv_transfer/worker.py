@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -24,6 +23,7 @@ from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
+from kv_transfer.shapes import ShapeCheckingWorker
 from tknp.common.partition import RankPlace, get_place
 from tknp.common.silence import SilenceLimit
 
@@ -63,7 +63,7 @@ class _OwnPull(ReqMeta):
     trusted_until: float = math.inf  # by time.monotonic()
 
 
-class TokenParallelConnectorWorker(NixlPullConnectorWorker):
+class TokenParallelConnectorWorker(ShapeCheckingWorker):
     """vLLM's pull worker, restricted to the requests of its own rank."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:

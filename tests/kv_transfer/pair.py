@@ -28,7 +28,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -60,10 +60,12 @@ class Engine:
         connector: str = "TokenParallelKVConnector",
         engine_id: str | None = None,
         block_size: int = BLOCK_SIZE,
+        windows: Sequence[int | None] = (None,),
         **extra: Any,
     ) -> None:
         """Args:
         num_blocks: of each token-parallel rank.
+        windows: how many tokens back each KV cache group sees, None for all; each has LAYERS layers.
         extra: `kv_connector_extra_config`.
         """
         self.port = free_port()
@@ -91,6 +93,7 @@ class Engine:
         ).create_engine_config()
         self.config.cache_config.kv_cache_layout = "LBHNC"
         self.block_size = block_size
+        self.windows = windows
         self.partition = BlockPartition(tuple(num_blocks))
         self.scheduler = self._make_scheduler()
         with set_current_vllm_config(self.config):
@@ -121,11 +124,21 @@ class Engine:
         )
 
     def _kv_cache_config(self, num_blocks: int) -> KVCacheConfig:
-        spec = FullAttentionSpec(
-            block_size=self.block_size, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float32
-        )
-        group = KVCacheGroupSpec([f"layers.{i}" for i in range(LAYERS)], spec)
-        return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[group])
+        shape: dict[str, Any] = {
+            "block_size": self.block_size,
+            "num_kv_heads": HEADS,
+            "head_size": HEAD_SIZE,
+            "dtype": torch.float32,
+        }
+        specs = [
+            FullAttentionSpec(**shape) if window is None else SlidingWindowSpec(**shape, sliding_window=window)
+            for window in self.windows
+        ]
+        groups = [KVCacheGroupSpec(self._layers(group), spec) for group, spec in enumerate(specs)]
+        return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+    def _layers(self, group: int) -> list[str]:
+        return [f"layers.{group * LAYERS + i}" for i in range(LAYERS)]
 
     def _make_worker(self, rank: int) -> Any:
         set_place(RankPlace(rank, self.partition) if self.partition.size > 1 else None)
@@ -135,7 +148,9 @@ class Engine:
             self.config, KVConnectorRole.WORKER, self._kv_cache_config(num_blocks)
         )
         connector.cache = {
-            f"layers.{i}": torch.zeros(num_blocks, HEADS, self.block_size, 2 * HEAD_SIZE) for i in range(LAYERS)
+            name: torch.zeros(num_blocks, HEADS, self.block_size, 2 * HEAD_SIZE)
+            for group in range(len(self.windows))
+            for name in self._layers(group)
         }
         connector.register_kv_caches(connector.cache)
         connector.connector_worker._idle_pause = 0.0  # there is nobody here to leave the core to
@@ -197,7 +212,7 @@ class Engine:
         return ModelRunnerOutput([], {}, kv_connector_output=report)
 
     def _compute(self, request_id: str, num_tokens: int) -> list[int]:
-        """Writes the KV of the scheduled tokens, reads all of it, and samples one if the prompt is done.
+        """Writes the KV of the scheduled tokens, reads what they see, and samples one if the prompt is done.
 
         Raises:
             AssertionError: what lies in the cache is not the request's.
@@ -205,22 +220,25 @@ class Engine:
         request = self.scheduler.requests[request_id]
         first, last = request.num_computed_tokens - num_tokens, request.num_computed_tokens
         self.computed[request_id] = self.computed.get(request_id, 0) + num_tokens
-        rank, blocks = self._place(request_id)
+        rank, blocks_by_group = self._place(request_id)
         expected = kv_of(request.all_token_ids[:last])
-        for cache in self.workers[rank].cache.values():
-            for index in range(first // self.block_size, -(-last // self.block_size)):
-                begin, end = max(first, index * self.block_size), min(last, (index + 1) * self.block_size)
-                at = slice(begin - index * self.block_size, end - index * self.block_size)
-                cache[blocks[index], :, at] = expected[begin:end, None]
-            found = cache[blocks].transpose(1, 2).reshape(-1, HEADS, 2 * HEAD_SIZE)[:last]
-            assert (found == expected[:, None, None]).all(), f"{request_id} reads KV cache that is not its own"
+        for group, (blocks, window) in enumerate(zip(blocks_by_group, self.windows, strict=True)):
+            seen = 0 if window is None else max(0, first - window + 1)
+            for name in self._layers(group):
+                cache = self.workers[rank].cache[name]
+                for index in range(first // self.block_size, -(-last // self.block_size)):
+                    begin, end = max(first, index * self.block_size), min(last, (index + 1) * self.block_size)
+                    at = slice(begin - index * self.block_size, end - index * self.block_size)
+                    cache[blocks[index], :, at] = expected[begin:end, None]
+                found = cache[blocks].transpose(1, 2).reshape(-1, HEADS, 2 * HEAD_SIZE)[seen:last]
+                assert (found == expected[seen:, None, None]).all(), f"{request_id} reads KV cache that is not its own"
         return [last] if last >= request.num_tokens else []
 
-    def _place(self, request_id: str) -> tuple[int, list[int]]:
-        """The rank that holds the request, and its blocks there, by their ids on that rank."""
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
-        rank = self.partition.rank_of(blocks[0])
-        return rank, [block - self.partition.bases[rank] for block in blocks]
+    def _place(self, request_id: str) -> tuple[int, list[list[int]]]:
+        """The rank that holds the request, and its blocks there by group, by their ids on that rank."""
+        groups = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        rank = self.partition.rank_of_all(block for blocks in groups for block in blocks) or 0
+        return rank, [[block - self.partition.bases[rank] for block in blocks] for blocks in groups]
 
     @property
     def num_free_blocks(self) -> int:
@@ -247,7 +265,7 @@ class Engine:
 
     def overwrite(self) -> None:
         """Fills every free block with other prompts' KV cache, and frees it again."""
-        count = self.num_free_blocks * self.block_size // MAX_MODEL_LEN
+        count = self.num_free_blocks * self.block_size // (len(self.windows) * MAX_MODEL_LEN)
         for i in range(count):
             self.prefill(f"overwrite-{self.num_steps}-{i}", prompt(MAX_MODEL_LEN - 1, self.num_steps + i))
         run(self, until=lambda: not self.scheduler.has_unfinished_requests())

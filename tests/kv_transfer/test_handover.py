@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
 from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, prompt, run, world
 from tests.services.building import BLOCK_SIZE, tiny_config
 from tests.soak.handovers import Fate, hand_over
 
 BYTES_PER_BLOCK = LAYERS * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
+
+
+@contextmanager
+def vllm_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What vLLM's loggers, which hand nothing on, say meanwhile."""
+    vllm = logging.getLogger("vllm")
+    vllm.addHandler(caplog.handler)
+    before, vllm.level = vllm.level, logging.WARNING
+    try:
+        yield
+    finally:
+        vllm.removeHandler(caplog.handler)
+        vllm.setLevel(before)
 
 
 class Pair:
@@ -224,6 +241,53 @@ def test_larger_blocks_on_the_decode_side(pair: Callable[..., Pair]) -> None:
         tokens = prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1
     assert both.settle() == []
+
+
+def test_smaller_blocks_on_the_decode_side_are_refused(
+    pair: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    both = pair(prefill={"block_size": 2 * BLOCK_SIZE, "num_blocks": [30]})
+    tokens = prompt(100, 1)
+    with vllm_log(caplog):
+        assert both.hand_over(tokens, both.offer(tokens)) == 100
+    assert "the prefill engine's blocks have 64 tokens and ours 32, which is no multiple" in caplog.text
+    assert len(both.decode.stats["failure_rank"]) == 1
+    both.prefill.lose_lease("p1")  # nobody could tell it
+    assert both.settle() == []
+
+
+def test_a_stock_prefill_engine_that_is_a_pipeline_is_not_pulled_from(
+    both: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = prompt(100, 1)
+    with vllm_log(caplog):
+        assert both.hand_over(tokens, {**both.offer(tokens), "pp_size": 2}) == 100
+    assert "the prefill engine is a pipeline of 2 stages" in caplog.text
+    assert both.settle() == []
+
+
+def test_a_prefill_engine_of_ours_is_no_pipeline(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = both.prefill.config
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    with pytest.raises(ValueError, match=r"can't be a pipeline of 2 stages.*use --tensor-parallel-size instead"):
+        TokenParallelKVConnector(config, KVConnectorRole.SCHEDULER, None)
+
+
+WINDOWS = (None, 2 * BLOCK_SIZE)
+
+
+def test_groups_of_layers_that_see_a_window_alone(pair: Callable[..., Pair]) -> None:
+    both = pair(*({"windows": WINDOWS, "num_blocks": n} for n in ([80], [60, 60])))
+    for i, length in enumerate((1, BLOCK_SIZE, 64, 65, 100, 300)):
+        tokens = prompt(length, i)
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert both.settle() == []
+    # vLLM reports no blocks of such a pull that failed, but the request.
+    tokens = prompt(100, 7)
+    params = both.offer(tokens)
+    both.lose(params)
+    assert both.hand_over(tokens, params) == 100
+    assert both.settle() == ["lease_ended"]
 
 
 def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pair: Callable[..., Pair]) -> None:

@@ -9,7 +9,12 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, base_worker, pull_scheduler, pull_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import HeartbeatInfo, NixlConnectorMetadata, ReqMeta
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
+    HeartbeatInfo,
+    NixlAgentMetadata,
+    NixlConnectorMetadata,
+    ReqMeta,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
 from vllm.distributed.nixl_utils import nixl_agent_config
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -22,6 +27,7 @@ SCHEDULER = "kv_transfer/scheduler.py"
 WORKER = "kv_transfer/worker.py"
 CONNECTOR = "kv_transfer/connector.py"
 METRICS = "kv_transfer/metrics.py"
+SHAPES = "kv_transfer/shapes.py"
 
 Worker = pull_worker.NixlPullConnectorWorker
 Scheduler = pull_scheduler.NixlPullConnectorScheduler
@@ -168,6 +174,14 @@ def test_statistics_are_lists_by_name_and_metrics_are_made_by_these_classes() ->
     text = inspect.getsource(NixlPromMetrics)
     require("self._histogram_cls(" in text and "self._counter_cls(" in text, "classes of metrics", METRICS)
     require(parameters(NixlPromMetrics.observe) == ["transfer_stats_data", "engine_idx"], "observe", METRICS)
+
+
+def test_shapes_are_known_at_these_points_of_the_handshake() -> None:
+    require(parameters(Worker._nixl_handshake)[:3] == ["host", "port", "remote_tp_size"], "_nixl_handshake", SHAPES)
+    handshake = source(Worker._nixl_handshake)
+    checked = handshake.index("self._validate_remote_parallel_config(metadata)")
+    require(checked < handshake.index("self.add_remote_agent("), "when the metadata are checked", SHAPES)
+    require("block_size" in NixlAgentMetadata.__dataclass_fields__, "NixlAgentMetadata.block_size", SHAPES)
 
 
 def test_a_lost_connection_is_known_by_this_exception_where_failures_are_handled() -> None:
