@@ -16,7 +16,7 @@ _OWN = (
     *("pull_rank", "pull_path", "pull_seconds", "pull_bytes"),
     *("handover_rank", "handover_path", "handover_seconds"),
     *("stale_rank", "stale_path", "stale_reason"),
-    *("failure_rank", "retry_rank"),
+    *("failure_rank", "retry_rank", "compared_rank", "compared_blocks"),
 )
 
 
@@ -46,6 +46,10 @@ class TransferStats(PathStats):
 
     def record_failure(self, rank: int) -> None:
         self.data["failure_rank"].append(rank)
+
+    def record_compared(self, num_blocks: int) -> None:
+        self.data["compared_rank"].append(self.rank)
+        self.data["compared_blocks"].append(num_blocks)
 
     def record_retry(self, rank: int) -> None:
         self.data["retry_rank"].append(rank)
@@ -100,6 +104,11 @@ class TransferMetrics(PathMetrics):
             documentation="Pulls that failed: the prefill engine did not answer, or its KV cache could not be read.",
             labelnames=by_rank,
         )
+        self._compared = self._counter_cls(
+            name="tknp_kv_transfer_compared_blocks",
+            documentation="Pulled blocks, in the prefill engine's size, that were compared with their checksum.",
+            labelnames=by_rank,
+        )
         self._retries = self._counter_cls(
             name="tknp_kv_transfer_retries",
             documentation="Prefill engines that had to be asked again before they answered the handshake.",
@@ -126,5 +135,7 @@ class TransferMetrics(PathMetrics):
             self._stale.labels(*values, rank, path, reason).inc()
         for (rank,) in items("failure"):
             self._failed.labels(*values, rank).inc()
+        for rank, num_blocks in items("compared", "blocks"):
+            self._compared.labels(*values, rank).inc(num_blocks)
         for (rank,) in items("retry"):
             self._retries.labels(*values, rank).inc()

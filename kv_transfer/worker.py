@@ -145,7 +145,8 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
         self._sum_table = checksums.ChecksumTable(groups)
         num_rows = self.model_config.max_model_len // checksums.SMALLEST_BLOCK + 1
         self._sum_reader = checksums.ChecksumReader(
-            self.nixl_wrapper, groups, self._first_head(self.tp_rank, self.world_size), num_rows
+            *(self.nixl_wrapper, groups, self._first_head(self.tp_rank, self.world_size), num_rows),
+            on_compared=self.xfer_stats.record_compared,
         )
         return [
             (self._sum_table.rows.ctypes.data, self._sum_table.rows.nbytes, 0, ""),

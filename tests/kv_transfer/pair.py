@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
@@ -28,7 +29,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -41,6 +48,8 @@ from tests.services.building import BLOCK_SIZE, MAX_MODEL_LEN
 from tknp.common.partition import BlockPartition, RankPlace, set_partition, set_place
 
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 32
+LATENT_SIZE = 96
+"""Elements that latent attention keeps of a token; see `make_latent_model`."""
 
 
 def kv_of(token_ids: Sequence[int]) -> torch.Tensor:
@@ -78,6 +87,7 @@ class Engine:
             dtype="float32",
             enforce_eager=True,
             enable_prefix_caching=True,
+            skip_tokenizer_init=True,
             max_num_seqs=64,
             max_num_batched_tokens=2048,
             kv_transfer_config=KVTransferConfig(
@@ -91,7 +101,8 @@ class Engine:
             ),
             **engine_args(TokenParallelOptions(len(num_blocks))),
         ).create_engine_config()
-        self.config.cache_config.kv_cache_layout = "LBHNC"
+        self.is_latent = bool(self.config.model_config.use_mla)
+        self.config.cache_config.kv_cache_layout = "LBNHC" if self.is_latent else "LBHNC"
         self.block_size = block_size
         self.windows = windows
         self.partition = BlockPartition(tuple(num_blocks))
@@ -130,8 +141,13 @@ class Engine:
             "head_size": HEAD_SIZE,
             "dtype": torch.float32,
         }
+        latent = {**shape, "num_kv_heads": 1, "head_size": LATENT_SIZE}
         specs = [
-            FullAttentionSpec(**shape) if window is None else SlidingWindowSpec(**shape, sliding_window=window)
+            MLAAttentionSpec(**latent)
+            if self.is_latent
+            else FullAttentionSpec(**shape)
+            if window is None
+            else SlidingWindowSpec(**shape, sliding_window=window)
             for window in self.windows
         ]
         groups = [KVCacheGroupSpec(self._layers(group), spec) for group, spec in enumerate(specs)]
@@ -147,12 +163,13 @@ class Engine:
         connector = KVConnectorFactory.create_connector(
             self.config, KVConnectorRole.WORKER, self._kv_cache_config(num_blocks)
         )
+        num_heads, num_elements = (1, LATENT_SIZE) if self.is_latent else (HEADS, 2 * HEAD_SIZE)
         connector.cache = {
-            name: torch.zeros(num_blocks, HEADS, self.block_size, 2 * HEAD_SIZE)
+            name: torch.zeros(num_blocks, num_heads, self.block_size, num_elements)
             for group in range(len(self.windows))
             for name in self._layers(group)
         }
-        connector.register_kv_caches(connector.cache)
+        connector.register_kv_caches({n: c.squeeze(1) if self.is_latent else c for n, c in connector.cache.items()})
         connector.connector_worker._idle_pause = 0.0  # there is nobody here to leave the core to
         return connector
 
@@ -230,7 +247,7 @@ class Engine:
                     begin, end = max(first, index * self.block_size), min(last, (index + 1) * self.block_size)
                     at = slice(begin - index * self.block_size, end - index * self.block_size)
                     cache[blocks[index], :, at] = expected[begin:end, None]
-                found = cache[blocks].transpose(1, 2).reshape(-1, HEADS, 2 * HEAD_SIZE)[seen:last]
+                found = cache[blocks].transpose(1, 2).flatten(0, 1)[seen:last]
                 assert (found == expected[seen:, None, None]).all(), f"{request_id} reads KV cache that is not its own"
         return [last] if last >= request.num_tokens else []
 
@@ -276,6 +293,32 @@ class Engine:
     def shutdown(self) -> None:
         for connector in (*self.workers, self.scheduler.connector):
             connector.shutdown()
+
+
+def make_latent_model(directory: Path) -> Path:
+    """A model with multi-head latent attention, of which only the configuration is needed."""
+    AutoConfig.for_model(
+        "deepseek_v2",
+        architectures=["DeepseekV2ForCausalLM"],
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_rope_head_dim=LATENT_SIZE - 64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=2,
+        n_shared_experts=1,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
+        first_k_dense_replace=LAYERS,
+        max_position_embeddings=4096,
+    ).save_pretrained(directory)
+    return directory
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
-from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, prompt, run, world
+from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, make_latent_model, prompt, run, world
 from tests.services.building import BLOCK_SIZE, tiny_config
 from tests.soak.handovers import Fate, hand_over
 
@@ -290,6 +290,22 @@ def test_groups_of_layers_that_see_a_window_alone(pair: Callable[..., Pair]) -> 
     assert both.settle() == ["lease_ended"]
 
 
+def test_latent_attention(llama: Path, alone: None, tmp_path: Path) -> None:
+    """On the decode side without token parallelism, which refuses it (tests/services/decode)."""
+    half = {"block_size": BLOCK_SIZE // 2}  # what vLLM's latent attention on CPU has
+    both = Pair(make_latent_model(tmp_path), half, {**half, "num_blocks": [80]})
+    for i, length in enumerate((1, BLOCK_SIZE, 100, 300)):
+        tokens = prompt(length, i)
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
+    tokens = prompt(100, 7)
+    params = both.offer(tokens)
+    both.lose(params)
+    assert both.hand_over(tokens, params) == 100
+    assert both.settle() == ["lease_ended"]
+    both.decode.shutdown()
+    both.prefill.shutdown()
+
+
 def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pair: Callable[..., Pair]) -> None:
     both = pair()
     engine_id = both.prefill.config.kv_transfer_config.engine_id
@@ -313,6 +329,7 @@ def test_checksums_find_a_block_that_is_not_as_it_was(
     for i, length in enumerate((20, 100, 300)):
         tokens = prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert sum(both.decode.stats["compared_blocks"]) == 1 + 4 + 10, "of the prefill engine's size"
     tokens = prompt(100, 9)
     params = both.offer(tokens)
     both.prefill.step()
