@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import OrderedDict
 from typing import Any
@@ -32,6 +33,8 @@ _CHILD = re.compile(r"\d+_")
 _TRUSTED_SHARE = 2 / 3
 """Of a stock prefill engine's lease, from the request's arrival here: the lease began before that, on the other engine,
 and whether heartbeats reached it, which would renew it, nobody knows."""
+
+_LISTEN_AGAIN_SECONDS = 0.1
 
 _MAX_RECORDS = 4096
 """Transfer records kept for whoever asks; the oldest go first."""
@@ -67,6 +70,23 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         self._slots.know(metadata)
         super().set_xfer_handshake_metadata(metadata)
+
+    @staticmethod
+    def _nixl_handshake_listener(
+        encoded_data: dict[tuple[int, int], Any],
+        ready_event: threading.Event,
+        stop_event: threading.Event,
+        host: str,
+        port: int,
+    ) -> None:
+        # vLLM's ends at the first question that it can't answer, such as one about a worker that there is none of since
+        # the engine was started again with fewer. Nobody could shake hands with this engine any more.
+        while not stop_event.is_set():
+            try:
+                NixlPullConnectorScheduler._nixl_handshake_listener(encoded_data, ready_event, stop_event, host, port)
+            except Exception as error:  # noqa: BLE001 - whatever a peer sent, or the port, not free again yet
+                logger.warning("a question on the side channel %s:%d was not answered: %r", host, port, error)
+                stop_event.wait(_LISTEN_AGAIN_SECONDS)
 
     def on_new_request(self, request: Any) -> None:
         params = request.kv_transfer_params

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
 
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
@@ -256,9 +259,27 @@ def test_smaller_blocks_on_the_decode_side_are_refused(
     assert both.settle() == []
 
 
+def test_a_question_that_has_no_answer_does_not_end_the_side_channel(pair: Callable[..., Pair]) -> None:
+    """As of a decode engine that knows of eight workers, where one has been started in their place."""
+    both = pair()
+    for question in (msgspec.msgpack.encode((GET_META_MSG, 0, 7)), b"\xc1"):
+        with zmq.Context() as context, context.socket(zmq.REQ) as peer:
+            peer.setsockopt(zmq.LINGER, 0)
+            peer.connect(f"tcp://127.0.0.1:{both.prefill.port}")
+            peer.send(question)
+            assert not peer.poll(300)
+    tokens = prompt(100, 1)
+    assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert both.settle() == []
+
+
 def test_a_stock_prefill_engine_that_is_a_pipeline_is_not_pulled_from(
     both: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
+    tokens = prompt(90, 1)
+    both.hand_over(
+        tokens, both.offer(tokens)
+    )  # connects: the engine here has one stage, and could not be asked for two
     tokens = prompt(100, 1)
     with vllm_log(caplog):
         assert both.hand_over(tokens, {**both.offer(tokens), "pp_size": 2}) == 100
@@ -271,6 +292,13 @@ def test_a_prefill_engine_of_ours_is_no_pipeline(both: Pair, monkeypatch: pytest
     monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
     with pytest.raises(ValueError, match=r"can't be a pipeline of 2 stages.*use --tensor-parallel-size instead"):
         TokenParallelKVConnector(config, KVConnectorRole.SCHEDULER, None)
+
+
+def test_decode_engines_do_not_keep_kv_for_the_next_turn(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = both.decode.config.kv_transfer_config
+    monkeypatch.setitem(transfer.kv_connector_extra_config, "bidirectional_kv_xfer", True)
+    with pytest.raises(ValueError, match="bidirectional_kv_xfer can't be had with TokenParallelKVConnector"):
+        TokenParallelKVConnector(both.decode.config, KVConnectorRole.SCHEDULER, None)
 
 
 WINDOWS = (None, 2 * BLOCK_SIZE)

@@ -156,6 +156,17 @@ def test_orders_are_a_plain_object() -> None:
     }
 
 
+def test_this_setting_makes_decode_engines_keep_kv() -> None:
+    init = source(base_scheduler.NixlBaseConnectorScheduler.__init__)
+    require('"bidirectional_kv_xfer"' in init, "the setting that is refused", CONNECTOR)
+
+
+def test_the_side_channel_is_served_by_this_method() -> None:
+    require("target=self._nixl_handshake_listener" in source(Scheduler.set_xfer_handshake_metadata), "…", SCHEDULER)
+    names = ["encoded_data", "ready_event", "stop_event", "host", "port"]
+    require(list(inspect.signature(Scheduler._nixl_handshake_listener).parameters) == names, "…", SCHEDULER)
+
+
 def test_the_connector_makes_its_halves_itself() -> None:
     init = source(NixlPullConnector.__init__)
     require("Scheduler(" in init and "Worker(" in init, "who makes the halves", CONNECTOR)
