@@ -70,15 +70,17 @@ class Engine:
         engine_id: str | None = None,
         block_size: int = BLOCK_SIZE,
         windows: Sequence[int | None] = (None,),
+        address: str = "127.0.0.1",
         **extra: Any,
     ) -> None:
         """Args:
         num_blocks: of each token-parallel rank.
         windows: how many tokens back each KV cache group sees, None for all; each has LAYERS layers.
+        address: where other engines find it.
         extra: `kv_connector_extra_config`.
         """
         self.port = free_port()
-        os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.port)}
+        os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": address, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.port)}
         ours = {"kv_connector_module_path": "kv_transfer.connector"} if connector.startswith("Token") else {}
         self.config = EngineArgs(
             model=str(model),
