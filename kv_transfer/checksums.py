@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +90,20 @@ class PulledBlocks:
 class ChecksumReader:
     """A decode worker's side: reads the sums of what it pulled, and compares."""
 
-    def __init__(self, agent: Any, groups: Sequence[Sequence[torch.Tensor]], first_head: int, num_rows: int) -> None:
+    def __init__(
+        self,
+        agent: Any,
+        groups: Sequence[Sequence[torch.Tensor]],
+        first_head: int,
+        num_rows: int,
+        on_compared: Callable[[int], None] = lambda _: None,
+    ) -> None:
         """Args:
         first_head: the model's number of the first KV head that lies here.
         num_rows: blocks of the other side in one request, at most.
+        on_compared: called with the number of blocks that were compared.
         """
+        self._on_compared = on_compared
         self._agent = agent
         self._groups = groups
         self._first_head = first_head
@@ -133,6 +142,7 @@ class ChecksumReader:
         end = min(pulled.first_head + pulled.num_heads, self._first_head + ours.shape[1])
         theirs = theirs[:, begin - pulled.first_head : end - pulled.first_head]
         ours = ours[:, begin - self._first_head : end - self._first_head]
+        self._on_compared(len(here))
         num_differing = int((theirs != ours).any(axis=1).sum())
         if num_differing:
             address, held = pulled.lease_row

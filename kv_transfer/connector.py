@@ -46,6 +46,11 @@ class TokenParallelKVConnector(NixlPullConnector):
                 f"a prefill engine can't be a pipeline of {num_stages} stages, since decode engines read from one; use "
                 "--tensor-parallel-size instead of --pipeline-parallel-size"
             )
+        if vllm_config.kv_transfer_config.get_from_extra_config("bidirectional_kv_xfer", False):
+            raise ValueError(
+                "bidirectional_kv_xfer can't be had with TokenParallelKVConnector: what decode engines keep for the "
+                "next turn is not told apart by rank, nor checked to be that turn's prompt; leave it out"
+            )
         self._tensor_parallel_size: int = vllm_config.parallel_config.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
             idle.install()

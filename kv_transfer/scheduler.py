@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import OrderedDict
 from typing import Any
@@ -12,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kv_transfer import checksums
+from kv_transfer.handover import HandOverClock
 from kv_transfer.identity import OFFER_PARAM, LeaseSlots, Offer, prompt_digest
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferRecord
@@ -39,6 +41,7 @@ _PULL_REST_SECONDS = 0.0001
 """While KV cache is under way between GPUs; others' threads need the interpreter, too."""
 _LEASE_REST_SECONDS = 0.05
 """While nothing but leases is left; that much later their blocks are free."""
+_LISTEN_AGAIN_SECONDS = 0.1
 
 _MAX_RECORDS = 4096
 """Transfer records kept for whoever asks; the oldest go first."""
@@ -67,12 +70,30 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._lease_blocks: dict[str, Any] = {}
         self._refused: set[str] = set()
         self._trusted_until: dict[str, float] = {}
+        self._handovers = HandOverClock()
         self._stats = TransferStats()
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
 
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         self._slots.know(metadata)
         super().set_xfer_handshake_metadata(metadata)
+
+    @staticmethod
+    def _nixl_handshake_listener(
+        encoded_data: dict[tuple[int, int], Any],
+        ready_event: threading.Event,
+        stop_event: threading.Event,
+        host: str,
+        port: int,
+    ) -> None:
+        # vLLM's ends at the first question that it can't answer, such as one about a worker that there is none of since
+        # the engine was started again with fewer. Nobody could shake hands with this engine any more.
+        while not stop_event.is_set():
+            try:
+                NixlPullConnectorScheduler._nixl_handshake_listener(encoded_data, ready_event, stop_event, host, port)
+            except Exception as error:  # noqa: BLE001 - whatever a peer sent, or the port, not free again yet
+                logger.warning("a question on the side channel %s:%d was not answered: %r", host, port, error)
+                stop_event.wait(_LISTEN_AGAIN_SECONDS)
 
     def on_new_request(self, request: Any) -> None:
         params = request.kv_transfer_params
@@ -115,19 +136,23 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             self._owners[request.request_id] = owner or 0
 
     def build_connector_meta(self, scheduler_output: Any) -> TokenParallelConnectorMetadata:
-        params = {r: request.kv_transfer_params or {} for r, (request, *_) in self._reqs_need_recv.items()}
+        requests = {r: request for r, (request, *_) in self._reqs_need_recv.items()}
+        for handover in self._handovers.start(scheduler_output.num_scheduled_tokens):
+            self._stats.record_handover(handover)
         base = super().build_connector_meta(scheduler_output)
         pulls = {}
         for request_id, meta in base.reqs_to_recv.items():
+            params = requests[request_id].kv_transfer_params or {}
             if any(meta.local_block_ids):
-                self._names[request_id] = str(params[request_id].get(REQUEST_ID_PARAM, request_id))
+                self._names[request_id] = str(params.get(REQUEST_ID_PARAM, request_id))
+                self._handovers.order(request_id, requests[request_id].arrival_time)
             trusted_until = self._trusted_until.pop(request_id, None)
             pulls[request_id] = Pull(
                 # A request that is aborted before it got blocks has none to fill, but exactly one rank must tell the
                 # prefill engine that it can let its KV go: the root.
                 owner=self._owners.pop(request_id, 0),
-                num_readers=_num_readers(request_id, params[request_id]),
-                offer=Offer.from_param(params[request_id].get(OFFER_PARAM)),
+                num_readers=_num_readers(request_id, params),
+                offer=Offer.from_param(params.get(OFFER_PARAM)),
                 trusted_seconds=None if trusted_until is None else trusted_until - time.monotonic(),
             )
         lease_ids, self._lease_ids = self._lease_ids, {}
@@ -144,6 +169,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         super().update_connector_output(connector_output)
         report = connector_output.kv_connector_worker_meta
         for request_id, record in (report.records if report is not None else {}).items():
+            self._handovers.complete(request_id, record)
             # Several sequences of one client request (`n`) count together, and so do tensor-parallel workers.
             name = self._names.get(request_id, request_id)
             known = self.records.get(name)
@@ -152,6 +178,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
                 self.records.popitem(last=False)
         for request_id in connector_output.finished_recving or ():
             self._names.pop(request_id, None)
+        for request_id in connector_output.failed_recving or ():
+            self._handovers.forget(request_id)
         self._slots.end(connector_output.finished_sending or ())
 
     def rest_seconds(self, has_unfinished: bool) -> float:
@@ -174,6 +202,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._owners.pop(request_id, None)
         self._refused.discard(request_id)
         self._trusted_until.pop(request_id, None)
+        self._handovers.forget(request_id)
         wanted = request.kv_transfer_params or {}
         if wanted.get("do_remote_decode") and not self._slots.has_room:
             logger.warning("request %s: its KV cache is not kept, since %d others are", request_id, len(self._slots))

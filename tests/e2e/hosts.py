@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -59,15 +60,34 @@ class Host:
     @contextmanager
     def rate(self, rate: str) -> Iterator[None]:
         """Limits what leaves this host meanwhile, to `1mbit` for example."""
+        with self._leaving("tbf", "rate", rate, "burst", "32kbit", "latency", "10s"):
+            yield
+
+    @contextmanager
+    def lossy(self, rate: str) -> Iterator[None]:
+        """As `rate`, with room for eight packets to wait; the others are lost, one of five in a long transfer."""
+        with self._leaving("tbf", "rate", rate, "burst", "6kb", "limit", "12kb"):
+            yield
+
+    def lost_packets(self) -> int:
+        """Of what was to leave this host while it was limited as it is now."""
+        show = ["tc", "-netns", self.name, "-json", "-statistics", "qdisc", "show", "dev", "eth0", "root"]
+        (found,) = json.loads(subprocess.run(show, check=True, capture_output=True, text=True).stdout)
+        return int(found["drops"])
+
+    @contextmanager
+    def _leaving(self, *discipline: str) -> Iterator[None]:
         where = ["dev", "eth0", "root"]
-        self._qdisc("add", *where, "tbf", "rate", rate, "burst", "32kbit", "latency", "10s")
+        self._qdisc("add", *where, *discipline)
         try:
             yield
         finally:
             self._qdisc("del", *where)
 
     def _qdisc(self, *words: str) -> None:
-        subprocess.run(["tc", "-netns", self.name, "qdisc", *words], check=True, capture_output=True)
+        done = subprocess.run(["tc", "-netns", self.name, "qdisc", *words], capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"tc qdisc {' '.join(words)}: {done.stderr.strip()}")
 
 
 @dataclass(frozen=True)

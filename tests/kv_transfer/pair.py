@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
@@ -28,7 +29,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -41,6 +48,8 @@ from tests.services.building import BLOCK_SIZE, MAX_MODEL_LEN
 from tknp.common.partition import BlockPartition, RankPlace, set_partition, set_place
 
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 32
+LATENT_SIZE = 96
+"""Elements that latent attention keeps of a token; see `make_latent_model`."""
 
 
 def kv_of(token_ids: Sequence[int]) -> torch.Tensor:
@@ -60,14 +69,18 @@ class Engine:
         connector: str = "TokenParallelKVConnector",
         engine_id: str | None = None,
         block_size: int = BLOCK_SIZE,
+        windows: Sequence[int | None] = (None,),
+        address: str = "127.0.0.1",
         **extra: Any,
     ) -> None:
         """Args:
         num_blocks: of each token-parallel rank.
+        windows: how many tokens back each KV cache group sees, None for all; each has LAYERS layers.
+        address: where other engines find it.
         extra: `kv_connector_extra_config`.
         """
         self.port = free_port()
-        os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.port)}
+        os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": address, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.port)}
         ours = {"kv_connector_module_path": "kv_transfer.connector"} if connector.startswith("Token") else {}
         self.config = EngineArgs(
             model=str(model),
@@ -76,6 +89,7 @@ class Engine:
             dtype="float32",
             enforce_eager=True,
             enable_prefix_caching=True,
+            skip_tokenizer_init=True,
             max_num_seqs=64,
             max_num_batched_tokens=2048,
             kv_transfer_config=KVTransferConfig(
@@ -89,8 +103,10 @@ class Engine:
             ),
             **engine_args(TokenParallelOptions(len(num_blocks))),
         ).create_engine_config()
-        self.config.cache_config.kv_cache_layout = "LBHNC"
+        self.is_latent = bool(self.config.model_config.use_mla)
+        self.config.cache_config.kv_cache_layout = "LBNHC" if self.is_latent else "LBHNC"
         self.block_size = block_size
+        self.windows = windows
         self.partition = BlockPartition(tuple(num_blocks))
         self.scheduler = self._make_scheduler()
         with set_current_vllm_config(self.config):
@@ -121,11 +137,26 @@ class Engine:
         )
 
     def _kv_cache_config(self, num_blocks: int) -> KVCacheConfig:
-        spec = FullAttentionSpec(
-            block_size=self.block_size, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float32
-        )
-        group = KVCacheGroupSpec([f"layers.{i}" for i in range(LAYERS)], spec)
-        return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[group])
+        shape: dict[str, Any] = {
+            "block_size": self.block_size,
+            "num_kv_heads": HEADS,
+            "head_size": HEAD_SIZE,
+            "dtype": torch.float32,
+        }
+        latent = {**shape, "num_kv_heads": 1, "head_size": LATENT_SIZE}
+        specs = [
+            MLAAttentionSpec(**latent)
+            if self.is_latent
+            else FullAttentionSpec(**shape)
+            if window is None
+            else SlidingWindowSpec(**shape, sliding_window=window)
+            for window in self.windows
+        ]
+        groups = [KVCacheGroupSpec(self._layers(group), spec) for group, spec in enumerate(specs)]
+        return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+    def _layers(self, group: int) -> list[str]:
+        return [f"layers.{group * LAYERS + i}" for i in range(LAYERS)]
 
     def _make_worker(self, rank: int) -> Any:
         set_place(RankPlace(rank, self.partition) if self.partition.size > 1 else None)
@@ -134,10 +165,13 @@ class Engine:
         connector = KVConnectorFactory.create_connector(
             self.config, KVConnectorRole.WORKER, self._kv_cache_config(num_blocks)
         )
+        num_heads, num_elements = (1, LATENT_SIZE) if self.is_latent else (HEADS, 2 * HEAD_SIZE)
         connector.cache = {
-            f"layers.{i}": torch.zeros(num_blocks, HEADS, self.block_size, 2 * HEAD_SIZE) for i in range(LAYERS)
+            name: torch.zeros(num_blocks, num_heads, self.block_size, num_elements)
+            for group in range(len(self.windows))
+            for name in self._layers(group)
         }
-        connector.register_kv_caches(connector.cache)
+        connector.register_kv_caches({n: c.squeeze(1) if self.is_latent else c for n, c in connector.cache.items()})
         connector.connector_worker._idle_pause = 0.0  # there is nobody here to leave the core to
         return connector
 
@@ -197,7 +231,7 @@ class Engine:
         return ModelRunnerOutput([], {}, kv_connector_output=report)
 
     def _compute(self, request_id: str, num_tokens: int) -> list[int]:
-        """Writes the KV of the scheduled tokens, reads all of it, and samples one if the prompt is done.
+        """Writes the KV of the scheduled tokens, reads what they see, and samples one if the prompt is done.
 
         Raises:
             AssertionError: what lies in the cache is not the request's.
@@ -205,22 +239,25 @@ class Engine:
         request = self.scheduler.requests[request_id]
         first, last = request.num_computed_tokens - num_tokens, request.num_computed_tokens
         self.computed[request_id] = self.computed.get(request_id, 0) + num_tokens
-        rank, blocks = self._place(request_id)
+        rank, blocks_by_group = self._place(request_id)
         expected = kv_of(request.all_token_ids[:last])
-        for cache in self.workers[rank].cache.values():
-            for index in range(first // self.block_size, -(-last // self.block_size)):
-                begin, end = max(first, index * self.block_size), min(last, (index + 1) * self.block_size)
-                at = slice(begin - index * self.block_size, end - index * self.block_size)
-                cache[blocks[index], :, at] = expected[begin:end, None]
-            found = cache[blocks].transpose(1, 2).reshape(-1, HEADS, 2 * HEAD_SIZE)[:last]
-            assert (found == expected[:, None, None]).all(), f"{request_id} reads KV cache that is not its own"
+        for group, (blocks, window) in enumerate(zip(blocks_by_group, self.windows, strict=True)):
+            seen = 0 if window is None else max(0, first - window + 1)
+            for name in self._layers(group):
+                cache = self.workers[rank].cache[name]
+                for index in range(first // self.block_size, -(-last // self.block_size)):
+                    begin, end = max(first, index * self.block_size), min(last, (index + 1) * self.block_size)
+                    at = slice(begin - index * self.block_size, end - index * self.block_size)
+                    cache[blocks[index], :, at] = expected[begin:end, None]
+                found = cache[blocks].transpose(1, 2).flatten(0, 1)[seen:last]
+                assert (found == expected[seen:, None, None]).all(), f"{request_id} reads KV cache that is not its own"
         return [last] if last >= request.num_tokens else []
 
-    def _place(self, request_id: str) -> tuple[int, list[int]]:
-        """The rank that holds the request, and its blocks there, by their ids on that rank."""
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
-        rank = self.partition.rank_of(blocks[0])
-        return rank, [block - self.partition.bases[rank] for block in blocks]
+    def _place(self, request_id: str) -> tuple[int, list[list[int]]]:
+        """The rank that holds the request, and its blocks there by group, by their ids on that rank."""
+        groups = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        rank = self.partition.rank_of_all(block for blocks in groups for block in blocks) or 0
+        return rank, [[block - self.partition.bases[rank] for block in blocks] for blocks in groups]
 
     @property
     def num_free_blocks(self) -> int:
@@ -247,7 +284,7 @@ class Engine:
 
     def overwrite(self) -> None:
         """Fills every free block with other prompts' KV cache, and frees it again."""
-        count = self.num_free_blocks * self.block_size // MAX_MODEL_LEN
+        count = self.num_free_blocks * self.block_size // (len(self.windows) * MAX_MODEL_LEN)
         for i in range(count):
             self.prefill(f"overwrite-{self.num_steps}-{i}", prompt(MAX_MODEL_LEN - 1, self.num_steps + i))
         run(self, until=lambda: not self.scheduler.has_unfinished_requests())
@@ -258,6 +295,32 @@ class Engine:
     def shutdown(self) -> None:
         for connector in (*self.workers, self.scheduler.connector):
             connector.shutdown()
+
+
+def make_latent_model(directory: Path) -> Path:
+    """A model with multi-head latent attention, of which only the configuration is needed."""
+    AutoConfig.for_model(
+        "deepseek_v2",
+        architectures=["DeepseekV2ForCausalLM"],
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_rope_head_dim=LATENT_SIZE - 64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=2,
+        n_shared_experts=1,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
+        first_k_dense_replace=LAYERS,
+        max_position_embeddings=4096,
+    ).save_pretrained(directory)
+    return directory
 
 
 @contextmanager

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+import zmq
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
 
+from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
-from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, prompt, run, world
+from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, make_latent_model, prompt, run, world
 from tests.services.building import BLOCK_SIZE, tiny_config
 from tests.soak.handovers import Fate, hand_over
 
 BYTES_PER_BLOCK = LAYERS * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
+
+
+@contextmanager
+def vllm_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What vLLM's loggers, which hand nothing on, say meanwhile."""
+    vllm = logging.getLogger("vllm")
+    vllm.addHandler(caplog.handler)
+    before, vllm.level = vllm.level, logging.WARNING
+    try:
+        yield
+    finally:
+        vllm.removeHandler(caplog.handler)
+        vllm.setLevel(before)
 
 
 class Pair:
@@ -92,6 +112,10 @@ def test_kv_that_was_held_to_the_end_is_used(both: Pair) -> None:
         tokens = prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1, "the last token alone"
     assert both.settle() == []
+    assert both.decode.stats["handover_path"] == both.decode.stats["pull_path"] == ["nixl"] * 4
+    assert both.decode.stats["handover_rank"] == both.decode.stats["pull_rank"]
+    spent = [sum(stages.values()) for stages in both.decode.stats["handover_seconds"]]
+    assert all(0 < seconds < 30 for seconds in spent)
 
 
 def test_a_lease_that_ends_before_the_pull_costs_a_prefill(both: Pair) -> None:
@@ -222,6 +246,94 @@ def test_larger_blocks_on_the_decode_side(pair: Callable[..., Pair]) -> None:
     assert both.settle() == []
 
 
+def test_smaller_blocks_on_the_decode_side_are_refused(
+    pair: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    both = pair(prefill={"block_size": 2 * BLOCK_SIZE, "num_blocks": [30]})
+    tokens = prompt(100, 1)
+    with vllm_log(caplog):
+        assert both.hand_over(tokens, both.offer(tokens)) == 100
+    assert "the prefill engine's blocks have 64 tokens and ours 32, which is no multiple" in caplog.text
+    assert len(both.decode.stats["failure_rank"]) == 1
+    both.prefill.lose_lease("p1")  # nobody could tell it
+    assert both.settle() == []
+
+
+def test_a_question_that_has_no_answer_does_not_end_the_side_channel(pair: Callable[..., Pair]) -> None:
+    """As of a decode engine that knows of eight workers, where one has been started in their place."""
+    both = pair()
+    for question in (msgspec.msgpack.encode((GET_META_MSG, 0, 7)), b"\xc1"):
+        with zmq.Context() as context, context.socket(zmq.REQ) as peer:
+            peer.setsockopt(zmq.LINGER, 0)
+            peer.connect(f"tcp://127.0.0.1:{both.prefill.port}")
+            peer.send(question)
+            assert not peer.poll(300)
+    tokens = prompt(100, 1)
+    assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert both.settle() == []
+
+
+def test_a_stock_prefill_engine_that_is_a_pipeline_is_not_pulled_from(
+    both: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = prompt(90, 1)
+    both.hand_over(
+        tokens, both.offer(tokens)
+    )  # connects: the engine here has one stage, and could not be asked for two
+    tokens = prompt(100, 1)
+    with vllm_log(caplog):
+        assert both.hand_over(tokens, {**both.offer(tokens), "pp_size": 2}) == 100
+    assert "the prefill engine is a pipeline of 2 stages" in caplog.text
+    assert both.settle() == []
+
+
+def test_a_prefill_engine_of_ours_is_no_pipeline(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = both.prefill.config
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    with pytest.raises(ValueError, match=r"can't be a pipeline of 2 stages.*use --tensor-parallel-size instead"):
+        TokenParallelKVConnector(config, KVConnectorRole.SCHEDULER, None)
+
+
+def test_decode_engines_do_not_keep_kv_for_the_next_turn(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = both.decode.config.kv_transfer_config
+    monkeypatch.setitem(transfer.kv_connector_extra_config, "bidirectional_kv_xfer", True)
+    with pytest.raises(ValueError, match="bidirectional_kv_xfer can't be had with TokenParallelKVConnector"):
+        TokenParallelKVConnector(both.decode.config, KVConnectorRole.SCHEDULER, None)
+
+
+WINDOWS = (None, 2 * BLOCK_SIZE)
+
+
+def test_groups_of_layers_that_see_a_window_alone(pair: Callable[..., Pair]) -> None:
+    both = pair(*({"windows": WINDOWS, "num_blocks": n} for n in ([80], [60, 60])))
+    for i, length in enumerate((1, BLOCK_SIZE, 64, 65, 100, 300)):
+        tokens = prompt(length, i)
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert both.settle() == []
+    # vLLM reports no blocks of such a pull that failed, but the request.
+    tokens = prompt(100, 7)
+    params = both.offer(tokens)
+    both.lose(params)
+    assert both.hand_over(tokens, params) == 100
+    assert both.settle() == ["lease_ended"]
+
+
+def test_latent_attention(llama: Path, alone: None, tmp_path: Path) -> None:
+    """On the decode side without token parallelism, which refuses it (tests/services/decode)."""
+    half = {"block_size": BLOCK_SIZE // 2}  # what vLLM's latent attention on CPU has
+    both = Pair(make_latent_model(tmp_path), half, {**half, "num_blocks": [80]})
+    for i, length in enumerate((1, BLOCK_SIZE, 100, 300)):
+        tokens = prompt(length, i)
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
+    tokens = prompt(100, 7)
+    params = both.offer(tokens)
+    both.lose(params)
+    assert both.hand_over(tokens, params) == 100
+    assert both.settle() == ["lease_ended"]
+    both.decode.shutdown()
+    both.prefill.shutdown()
+
+
 def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pair: Callable[..., Pair]) -> None:
     both = pair()
     engine_id = both.prefill.config.kv_transfer_config.engine_id
@@ -245,6 +357,7 @@ def test_checksums_find_a_block_that_is_not_as_it_was(
     for i, length in enumerate((20, 100, 300)):
         tokens = prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert sum(both.decode.stats["compared_blocks"]) == 1 + 4 + 10, "of the prefill engine's size"
     tokens = prompt(100, 9)
     params = both.offer(tokens)
     both.prefill.step()

@@ -9,7 +9,12 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, base_worker, pull_scheduler, pull_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import HeartbeatInfo, NixlConnectorMetadata, ReqMeta
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
+    HeartbeatInfo,
+    NixlAgentMetadata,
+    NixlConnectorMetadata,
+    ReqMeta,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
 from vllm.distributed.nixl_utils import nixl_agent_config
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -22,6 +27,7 @@ SCHEDULER = "kv_transfer/scheduler.py"
 WORKER = "kv_transfer/worker.py"
 CONNECTOR = "kv_transfer/connector.py"
 METRICS = "kv_transfer/metrics.py"
+SHAPES = "kv_transfer/shapes.py"
 
 Worker = pull_worker.NixlPullConnectorWorker
 Scheduler = pull_scheduler.NixlPullConnectorScheduler
@@ -150,6 +156,17 @@ def test_orders_are_a_plain_object() -> None:
     }
 
 
+def test_this_setting_makes_decode_engines_keep_kv() -> None:
+    init = source(base_scheduler.NixlBaseConnectorScheduler.__init__)
+    require('"bidirectional_kv_xfer"' in init, "the setting that is refused", CONNECTOR)
+
+
+def test_the_side_channel_is_served_by_this_method() -> None:
+    require("target=self._nixl_handshake_listener" in source(Scheduler.set_xfer_handshake_metadata), "…", SCHEDULER)
+    names = ["encoded_data", "ready_event", "stop_event", "host", "port"]
+    require(list(inspect.signature(Scheduler._nixl_handshake_listener).parameters) == names, "…", SCHEDULER)
+
+
 def test_the_connector_makes_its_halves_itself() -> None:
     init = source(NixlPullConnector.__init__)
     require("Scheduler(" in init and "Worker(" in init, "who makes the halves", CONNECTOR)
@@ -168,6 +185,14 @@ def test_statistics_are_lists_by_name_and_metrics_are_made_by_these_classes() ->
     text = inspect.getsource(NixlPromMetrics)
     require("self._histogram_cls(" in text and "self._counter_cls(" in text, "classes of metrics", METRICS)
     require(parameters(NixlPromMetrics.observe) == ["transfer_stats_data", "engine_idx"], "observe", METRICS)
+
+
+def test_shapes_are_known_at_these_points_of_the_handshake() -> None:
+    require(parameters(Worker._nixl_handshake)[:3] == ["host", "port", "remote_tp_size"], "_nixl_handshake", SHAPES)
+    handshake = source(Worker._nixl_handshake)
+    checked = handshake.index("self._validate_remote_parallel_config(metadata)")
+    require(checked < handshake.index("self.add_remote_agent("), "when the metadata are checked", SHAPES)
+    require("block_size" in NixlAgentMetadata.__dataclass_fields__, "NixlAgentMetadata.block_size", SHAPES)
 
 
 def test_a_lost_connection_is_known_by_this_exception_where_failures_are_handled() -> None:
