@@ -9,6 +9,7 @@ from deploy.grafana.promql import DECODE, PREFILL, mean, quantile, rate, series,
 
 RANK = "{{instance}} rank {{rank}}"
 PULLS = "kv_transfer_duration_seconds"
+BY_PATH = "tknp_kv_transfer_path"
 
 
 def kv_transfer() -> Dashboard:
@@ -54,6 +55,19 @@ def _pulls() -> Row:
                 is_stacked=True,
             ),
             graph("Pulls", "By rank.", PER_SECOND, Query(total(rate(f"{PULLS}_count"), "instance", "rank"), RANK)),
+            graph(
+                "Bytes pulled, by path",
+                "direct: between GPUs of one host; nixl: everything else.",
+                BYTES_PER_SECOND,
+                Query(total(rate(f"{BY_PATH}_bytes_total"), "path"), "{{path}}"),
+                is_stacked=True,
+            ),
+            graph(
+                "Bytes per second of a transfer, by path",
+                "Without the time in which a pull waits for its turn.",
+                BYTES_PER_SECOND,
+                Query(series("tknp:kv_transfer_path_bytes_per_second:mean5m"), "{{path}}"),
+            ),
             graph(
                 "Bytes of a request",
                 "Mean over the router's requests that pulled.",
@@ -108,6 +122,18 @@ def _failures() -> Row:
                 PER_SECOND,
                 Query(total(rate("tknp_kv_leases_total"), "end"), "{{end}}"),
                 Query(total(rate("vllm:nixl_num_kv_expired_reqs_total", PREFILL), "instance"), "{{instance}} expired"),
+            ),
+            graph(
+                "Offers that were not used",
+                "KV cache that was not sure to be the prompt's any more, by reason; the prompt was computed instead.",
+                PER_SECOND,
+                Query(total(rate("tknp_kv_transfer_stale_total"), "reason"), "{{reason}}"),
+            ),
+            graph(
+                "Prefill engines asked again",
+                "At the first contact, before they answered. Should be 0 but for the time when engines start.",
+                PER_SECOND,
+                Query(total(rate("tknp_kv_transfer_retries_total"), "instance", "rank"), RANK),
             ),
             graph(
                 "Requests that wait for KV cache",
