@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 
+from kv_transfer.copies import NO_PATH, Copies
 from kv_transfer.identity import Offer
 
 
@@ -61,13 +63,25 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
 @dataclass(frozen=True)
 class TransferRecord:
     """One request's KV on its way from prefill to the owning rank; times in seconds since the epoch, of the decode
-    host."""
+    host.
+
+    Attributes:
+        copy_seconds: of those in between, how long bytes were on their way; see Copies.
+        path: see Copies.
+    """
 
     rank: int
     kv_bytes: int
     num_transfers: int
     transfer_begin: float
     transfer_end: float
+    copy_seconds: float = 0.0
+    path: str = NO_PATH
+
+    @classmethod
+    def of(cls, rank: int, copies: Copies, begun: float) -> TransferRecord:
+        """Of a pull that began then, and is complete now."""
+        return cls(rank, copies.kv_bytes, copies.num_copies, begun, time.time(), copies.seconds, copies.path)
 
     def merged_with(self, other: TransferRecord) -> TransferRecord:
         """The sum, where a rank's tensor-parallel workers each pull a part or a request has several sequences; these
@@ -78,6 +92,8 @@ class TransferRecord:
             num_transfers=self.num_transfers + other.num_transfers,
             transfer_begin=min(self.transfer_begin, other.transfer_begin),
             transfer_end=max(self.transfer_end, other.transfer_end),
+            copy_seconds=max(self.copy_seconds, other.copy_seconds),
+            path=max(self.path, other.path),
         )
 
 

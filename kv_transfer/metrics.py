@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from kv_transfer.copies import NO_PATH
 from kv_transfer.direct.metrics import PathMetrics, PathStats
+from kv_transfer.handover import HandOver
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import TransferRecord
 
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Seconds: from a few pages over shared memory to a long prompt over a slow network."""
-_OWN = ("pull_rank", "pull_seconds", "pull_bytes", "stale_rank", "stale_reason", "retry_rank")
+_OWN = (
+    *("pull_rank", "pull_path", "pull_seconds", "pull_bytes"),
+    *("handover_rank", "handover_path", "handover_seconds"),
+    *("stale_rank", "stale_path", "stale_reason"),
+    *("failure_rank", "retry_rank"),
+)
 
 
 class TransferStats(PathStats):
-    """vLLM's NIXL statistics and, for each finished pull, its rank, seconds and bytes, as three lists of equal
-    length; so too the rank and the reason of each offer that was not used."""
+    """vLLM's NIXL statistics and lists of our own, of equal length where they begin alike: an item for each finished
+    pull, hand-over, offer that was not used, pull that failed, and handshake that was tried again."""
 
     def reset(self) -> None:
         super().reset()
@@ -23,12 +30,22 @@ class TransferStats(PathStats):
 
     def record_pull(self, record: TransferRecord) -> None:
         self.data["pull_rank"].append(record.rank)
+        self.data["pull_path"].append(record.path)
         self.data["pull_seconds"].append(record.transfer_end - record.transfer_begin)
         self.data["pull_bytes"].append(record.kv_bytes)
 
-    def record_stale(self, rank: int, reason: Stale) -> None:
+    def record_handover(self, handover: HandOver) -> None:
+        self.data["handover_rank"].append(handover.rank)
+        self.data["handover_path"].append(handover.path)
+        self.data["handover_seconds"].append({stage.value: s for stage, s in handover.seconds.items()})
+
+    def record_stale(self, rank: int, reason: Stale, path: str = NO_PATH) -> None:
         self.data["stale_rank"].append(rank)
+        self.data["stale_path"].append(path)
         self.data["stale_reason"].append(reason.value)
+
+    def record_failure(self, rank: int) -> None:
+        self.data["failure_rank"].append(rank)
 
     def record_retry(self, rank: int) -> None:
         self.data["retry_rank"].append(rank)
@@ -38,7 +55,8 @@ class TransferStats(PathStats):
 
 
 class TransferMetrics(PathMetrics):
-    """`kv_transfer_duration_seconds` and `tknp_kv_transfer_*` by rank, beside vLLM's `vllm:nixl_*`."""
+    """`kv_transfer_duration_seconds`, `tknp_kv_handover_*` and `tknp_kv_transfer_*` by rank, beside vLLM's
+    `vllm:nixl_*`."""
 
     def __init__(
         self,
@@ -48,41 +66,65 @@ class TransferMetrics(PathMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        labels = [*labelnames, "rank"]
+        by_rank = [*labelnames, "rank"]
+        by_path = [*by_rank, "path"]
         self._duration = self._histogram_cls(
             name="kv_transfer_duration_seconds",
             documentation="From the order to pull a request's KV cache until it is complete on the rank that owns it.",
             buckets=DURATION_BUCKETS,
-            labelnames=labels,
+            labelnames=by_path,
+        )
+        self._handover = self._histogram_cls(
+            name="tknp_kv_handover_seconds",
+            documentation="From a request's arrival at the engine to its first step, less the copy of its KV cache.",
+            buckets=DURATION_BUCKETS,
+            labelnames=by_path,
+        )
+        self._stage = self._counter_cls(
+            name="tknp_kv_handover_stage_seconds",
+            documentation="The parts of tknp_kv_handover_seconds: room, pull (less the copy), resume.",
+            labelnames=[*by_path, "stage"],
         )
         self._bytes = self._counter_cls(
             name="tknp_kv_transfer_bytes",
             documentation="Bytes of KV cache that a token-parallel rank has pulled from prefill engines.",
-            labelnames=labels,
+            labelnames=by_path,
         )
         self._stale = self._counter_cls(
             name="tknp_kv_transfer_stale",
             documentation="Offers of KV cache that were not used, because it was not sure to be the prompt's any more.",
-            labelnames=[*labels, "reason"],
+            labelnames=[*by_path, "reason"],
+        )
+        self._failed = self._counter_cls(
+            name="tknp_kv_transfer_failed",
+            documentation="Pulls that failed: the prefill engine did not answer, or its KV cache could not be read.",
+            labelnames=by_rank,
         )
         self._retries = self._counter_cls(
             name="tknp_kv_transfer_retries",
             documentation="Prefill engines that had to be asked again before they answered the handshake.",
-            labelnames=labels,
+            labelnames=by_rank,
         )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         super().observe(transfer_stats_data, engine_idx)
         values = self.per_engine_labelvalues[engine_idx]
-        for rank, seconds, kv_bytes in zip(
-            transfer_stats_data["pull_rank"],
-            transfer_stats_data["pull_seconds"],
-            transfer_stats_data["pull_bytes"],
-            strict=True,
-        ):
-            self._duration.labels(*values, str(rank)).observe(seconds)
-            self._bytes.labels(*values, str(rank)).inc(kv_bytes)
-        for rank, reason in zip(transfer_stats_data["stale_rank"], transfer_stats_data["stale_reason"], strict=True):
-            self._stale.labels(*values, str(rank), reason).inc()
-        for rank in transfer_stats_data["retry_rank"]:
-            self._retries.labels(*values, str(rank)).inc()
+
+        def items(kind: str, *names: str) -> Any:
+            """Rank as a label, and the others, of each item in lists that begin with `kind`."""
+            lists = (transfer_stats_data[f"{kind}_{name}"] for name in ("rank", *names))
+            return ((str(rank), *rest) for rank, *rest in zip(*lists, strict=True))
+
+        for rank, path, seconds, kv_bytes in items("pull", "path", "seconds", "bytes"):
+            self._duration.labels(*values, rank, path).observe(seconds)
+            self._bytes.labels(*values, rank, path).inc(kv_bytes)
+        for rank, path, stages in items("handover", "path", "seconds"):
+            self._handover.labels(*values, rank, path).observe(sum(stages.values()))
+            for stage, seconds in stages.items():
+                self._stage.labels(*values, rank, path, stage).inc(seconds)
+        for rank, path, reason in items("stale", "path", "reason"):
+            self._stale.labels(*values, rank, path, reason).inc()
+        for (rank,) in items("failure"):
+            self._failed.labels(*values, rank).inc()
+        for (rank,) in items("retry"):
+            self._retries.labels(*values, rank).inc()

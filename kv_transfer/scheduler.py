@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 from vllm.logger import init_logger
 
 from kv_transfer import checksums
+from kv_transfer.handover import HandOverClock
 from kv_transfer.identity import OFFER_PARAM, LeaseSlots, Offer, prompt_digest
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferRecord
@@ -59,6 +60,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._lease_blocks: dict[str, Any] = {}
         self._refused: set[str] = set()
         self._trusted_until: dict[str, float] = {}
+        self._handovers = HandOverClock()
         self._stats = TransferStats()
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
 
@@ -107,19 +109,23 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             self._owners[request.request_id] = owner or 0
 
     def build_connector_meta(self, scheduler_output: Any) -> TokenParallelConnectorMetadata:
-        params = {r: request.kv_transfer_params or {} for r, (request, *_) in self._reqs_need_recv.items()}
+        requests = {r: request for r, (request, *_) in self._reqs_need_recv.items()}
+        for handover in self._handovers.start(scheduler_output.num_scheduled_tokens):
+            self._stats.record_handover(handover)
         base = super().build_connector_meta(scheduler_output)
         pulls = {}
         for request_id, meta in base.reqs_to_recv.items():
+            params = requests[request_id].kv_transfer_params or {}
             if any(meta.local_block_ids):
-                self._names[request_id] = str(params[request_id].get(REQUEST_ID_PARAM, request_id))
+                self._names[request_id] = str(params.get(REQUEST_ID_PARAM, request_id))
+                self._handovers.order(request_id, requests[request_id].arrival_time)
             trusted_until = self._trusted_until.pop(request_id, None)
             pulls[request_id] = Pull(
                 # A request that is aborted before it got blocks has none to fill, but exactly one rank must tell the
                 # prefill engine that it can let its KV go: the root.
                 owner=self._owners.pop(request_id, 0),
-                num_readers=_num_readers(request_id, params[request_id]),
-                offer=Offer.from_param(params[request_id].get(OFFER_PARAM)),
+                num_readers=_num_readers(request_id, params),
+                offer=Offer.from_param(params.get(OFFER_PARAM)),
                 trusted_seconds=None if trusted_until is None else trusted_until - time.monotonic(),
             )
         lease_ids, self._lease_ids = self._lease_ids, {}
@@ -136,6 +142,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         super().update_connector_output(connector_output)
         report = connector_output.kv_connector_worker_meta
         for request_id, record in (report.records if report is not None else {}).items():
+            self._handovers.complete(request_id, record)
             # Several sequences of one client request (`n`) count together, and so do tensor-parallel workers.
             name = self._names.get(request_id, request_id)
             known = self.records.get(name)
@@ -144,6 +151,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
                 self.records.popitem(last=False)
         for request_id in connector_output.finished_recving or ():
             self._names.pop(request_id, None)
+        for request_id in connector_output.failed_recving or ():
+            self._handovers.forget(request_id)
         self._slots.end(connector_output.finished_sending or ())
 
     def take_stats(self) -> TransferStats:
@@ -156,6 +165,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._owners.pop(request_id, None)
         self._refused.discard(request_id)
         self._trusted_until.pop(request_id, None)
+        self._handovers.forget(request_id)
         wanted = request.kv_transfer_params or {}
         if wanted.get("do_remote_decode") and not self._slots.has_room:
             logger.warning("request %s: its KV cache is not kept, since %d others are", request_id, len(self._slots))

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from kv_transfer import checksums
 from kv_transfer.agent import make_agent
+from kv_transfer.copies import Copies
 from kv_transfer.direct.path import choose_path
 from kv_transfer.handshakes import HandshakeExecutor
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
@@ -97,11 +98,12 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self._reading = _OwnPull((), (), 1)
         self._silence_limit = SilenceLimit()
         self._begun: dict[str, float] = {}
-        self._pulled: dict[str, tuple[int, int]] = {}
+        self._pulled: dict[str, Copies] = {}
         self._ended: dict[str, TransferRecord] = {}
         self._lease_ids: dict[str, str] = {}
         self._released: dict[str, float] = {}
         self.xfer_stats: TransferStats = TransferStats()
+        self.xfer_stats.rank = self.rank
         self.kv_bytes_received = 0
         """Bytes of KV that this worker has pulled since it started."""
 
@@ -281,14 +283,13 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         done: set[str] = set()
         failed: set[str] = set()
-        sizes = self.xfer_stats.data["bytes_transferred"]
+        stats = self.xfer_stats.data
         for request_id in list(transfers):
             # One request at a time, to know whose the bytes are.
             mine = {request_id: transfers[request_id]}
-            before = len(sizes)
+            before = len(stats["bytes_transferred"])
             done_now, failed_now = super()._pop_done_transfers(mine)
-            kv_bytes, count = self._pulled.get(request_id, (0, 0))
-            self._pulled[request_id] = (kv_bytes + sum(sizes[before:]), count + len(sizes) - before)
+            self._pulled[request_id] = self._pulled.get(request_id, Copies()).and_those(stats, before)
             failed |= failed_now
             if request_id in mine:
                 transfers[request_id] = mine[request_id]
@@ -342,19 +343,20 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         )
         if self._sum_reader is not None:
             self._sum_reader.drop(request_id)
-        self.xfer_stats.record_stale(self.rank, reason)
+        self.xfer_stats.record_stale(self.rank, reason, self._pulled.get(request_id, Copies()).path)
+        self._begun.pop(request_id, None)  # the pull itself did not fail
         failed.add(request_id)
 
     def get_transfer_results(self) -> Any:
         results = super().get_transfer_results()
         for request_id in results.finished_recving:
-            begun, (kv_bytes, count) = self._begun.pop(request_id, None), self._pulled.pop(request_id, (0, 0))
-            self.kv_bytes_received += kv_bytes
-            if begun is None or request_id in results.failed_recving:
-                continue
-            record = TransferRecord(self.rank, kv_bytes, count, transfer_begin=begun, transfer_end=time.time())
-            self._ended[request_id] = record
-            self.xfer_stats.record_pull(record)
+            begun, copies = self._begun.pop(request_id, None), self._pulled.pop(request_id, Copies())
+            self.kv_bytes_received += copies.kv_bytes
+            if begun is not None and request_id in results.failed_recving:
+                self.xfer_stats.record_failure(self.rank)
+            elif begun is not None:
+                self._ended[request_id] = record = TransferRecord.of(self.rank, copies, begun)
+                self.xfer_stats.record_pull(record)
         for request_id in results.finished_sending:
             # Before the scheduler hears of it, and so before anybody can write to these blocks.
             if (slot := self._lease_slots.pop(request_id, None)) is not None:

@@ -1,4 +1,4 @@
-"""Which path the bytes of KV cache took, beside vLLM's statistics of NIXL."""
+"""Which path the bytes of KV cache took to which rank, beside vLLM's statistics of NIXL."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnec
 
 
 class PathStats(NixlKVConnectorStats):
-    """For each transfer in vLLM's lists its path, `direct` or `nixl`."""
+    """For each transfer in vLLM's lists its path, `direct` or `nixl`, and its rank."""
+
+    rank = 0
+    """Token-parallel rank of the worker that counts."""
 
     def reset(self) -> None:
         super().reset()
-        self.data["transfer_path"] = []
+        self.data.update(transfer_path=[], transfer_rank=[])
 
     def record_transfer(self, res: Any) -> None:
         super().record_transfer(res)
         if res is not None:  # vLLM's other lists have one item for it, too
             self.data["transfer_path"].append(getattr(res, "path", "nixl"))
+            self.data["transfer_rank"].append(self.rank)
 
 
 class PathMetrics(NixlPromMetrics):
@@ -31,7 +35,7 @@ class PathMetrics(NixlPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        labels = [*labelnames, "path"]
+        labels = [*labelnames, "rank", "path"]
         self._path_bytes = self._counter_cls(
             name="tknp_kv_transfer_path_bytes",
             documentation="Bytes of KV cache pulled, by the path they took: direct (between GPUs of a host) or nixl.",
@@ -46,11 +50,12 @@ class PathMetrics(NixlPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         super().observe(transfer_stats_data, engine_idx)
         values = self.per_engine_labelvalues[engine_idx]
-        for path, seconds, num_bytes in zip(
+        for rank, path, seconds, num_bytes in zip(
+            transfer_stats_data["transfer_rank"],
             transfer_stats_data["transfer_path"],
             transfer_stats_data["transfer_duration"],
             transfer_stats_data["bytes_transferred"],
             strict=True,
         ):
-            self._path_bytes.labels(*values, path).inc(num_bytes)
-            self._path_seconds.labels(*values, path).inc(seconds)
+            self._path_bytes.labels(*values, str(rank), path).inc(num_bytes)
+            self._path_seconds.labels(*values, str(rank), path).inc(seconds)

@@ -136,7 +136,8 @@ def test_the_router_knows_the_room_of_every_rank(stack: Stack) -> None:
 def test_metrics(stack: Stack) -> None:
     assert stack.router.metric("prefill_requests_total") > 0
     assert stack.router.metric("decode_requests_total") > 0
-    assert stack.decode.metric("kv_transfer_duration_seconds_count", rank="1") > 0
+    pulls = stack.decode.metric("kv_transfer_duration_seconds_count", rank="1", path="nixl")
+    assert 0 < stack.decode.metric("tknp_kv_handover_seconds_count", rank="1", path="nixl") <= pulls
     assert stack.decode.metric("tknp_kv_transfer_bytes_total") == sum(r["kv_bytes_received"] for r in stack.ranks())
     answer(stack.router, completion(tokens(10, 61), 100))
     efficiency = wait_for(lambda: stack.decode.metric("token_parallel_efficiency"), 30, "an efficiency")

@@ -92,6 +92,10 @@ def test_kv_that_was_held_to_the_end_is_used(both: Pair) -> None:
         tokens = prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1, "the last token alone"
     assert both.settle() == []
+    assert both.decode.stats["handover_path"] == both.decode.stats["pull_path"] == ["nixl"] * 4
+    assert both.decode.stats["handover_rank"] == both.decode.stats["pull_rank"]
+    spent = [sum(stages.values()) for stages in both.decode.stats["handover_seconds"]]
+    assert all(0 < seconds < 30 for seconds in spent)
 
 
 def test_a_lease_that_ends_before_the_pull_costs_a_prefill(both: Pair) -> None:

@@ -10,15 +10,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 
 from kv_transfer.connector import TokenParallelKVConnector
+from kv_transfer.handover import HandOver, Stage
+from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import TransferRecord
 from kv_transfer.metrics import TransferStats
 from tests.services.building import tiny_config
+
+ENGINE = {"model_name": "tiny", "engine": "0"}
 
 
 def stats(*pulls: tuple[int, float, int]) -> TransferStats:
     made = TransferStats()
     for rank, seconds, kv_bytes in pulls:
-        made.record_pull(TransferRecord(rank, kv_bytes, 1, 100.0, 100.0 + seconds))
+        made.record_pull(TransferRecord(rank, kv_bytes, 1, 100.0, 100.0 + seconds, path="nixl"))
     return made
 
 
@@ -27,8 +31,8 @@ def config(llama: Path) -> Any:
     return tiny_config(llama, pulls_kv=True)
 
 
-def observed(config: Any, *pulls: tuple[int, float, int]) -> CollectorRegistry:
-    """A registry of its own, into which vLLM's way of making metrics has put `pulls`."""
+def observed(config: Any, found: TransferStats) -> CollectorRegistry:
+    """A registry of its own, into which vLLM's way of making metrics has put `found`."""
     registry = CollectorRegistry()
 
     def into_registry(metric: Any) -> Any:
@@ -37,13 +41,13 @@ def observed(config: Any, *pulls: tuple[int, float, int]) -> CollectorRegistry:
     types = {metric: into_registry(metric) for metric in (Gauge, Counter, Histogram)}
     labels: dict[int, list[object]] = {0: ["tiny", "0"]}
     metrics = TokenParallelKVConnector.build_prom_metrics(config, types, ["model_name", "engine"], labels)
-    metrics.observe(stats(*pulls).data, 0)
+    metrics.observe(found.data, 0)
     return registry
 
 
 def test_duration_and_bytes_are_counted_by_rank_under_the_names_of_the_interface(config: Any) -> None:
-    registry = observed(config, (1, 0.25, 1000), (1, 0.5, 500), (0, 2.0, 7))
-    labels = {"model_name": "tiny", "engine": "0", "rank": "1"}
+    registry = observed(config, stats((1, 0.25, 1000), (1, 0.5, 500), (0, 2.0, 7)))
+    labels = {**ENGINE, "rank": "1", "path": "nixl"}
     assert registry.get_sample_value("kv_transfer_duration_seconds_count", labels) == 2
     assert registry.get_sample_value("kv_transfer_duration_seconds_sum", labels) == pytest.approx(0.75)
     assert registry.get_sample_value("kv_transfer_duration_seconds_bucket", {**labels, "le": "0.25"}) == 1
@@ -52,8 +56,32 @@ def test_duration_and_bytes_are_counted_by_rank_under_the_names_of_the_interface
 
 
 def test_vllm_s_own_metrics_are_still_there(config: Any) -> None:
-    registry = observed(config)
-    assert registry.get_sample_value("vllm:nixl_bytes_transferred_count", {"model_name": "tiny", "engine": "0"}) == 0
+    registry = observed(config, stats())
+    assert registry.get_sample_value("vllm:nixl_bytes_transferred_count", ENGINE) == 0
+
+
+def test_a_hand_over_is_the_sum_of_its_stages(config: Any) -> None:
+    found = TransferStats()
+    found.record_handover(HandOver(1, "direct", {Stage.ROOM: 2.0, Stage.PULL: 0.5, Stage.RESUME: 0.25}))
+    registry = observed(config, found)
+    labels = {**ENGINE, "rank": "1", "path": "direct"}
+    assert registry.get_sample_value("tknp_kv_handover_seconds_sum", labels) == 2.75
+    stage = {**labels, "stage": "room"}
+    assert registry.get_sample_value("tknp_kv_handover_stage_seconds_total", stage) == 2.0
+
+
+def test_what_came_to_nothing_is_counted_by_rank(config: Any) -> None:
+    found = TransferStats()
+    found.record_stale(1, Stale.LEASE_ENDED, "nixl")
+    found.record_failure(1)
+    found.record_retry(1)
+    assert not found.is_empty()
+    registry = observed(config, found)
+    labels = {**ENGINE, "rank": "1"}
+    stale = {**labels, "path": "nixl", "reason": "lease_ended"}
+    assert registry.get_sample_value("tknp_kv_transfer_stale_total", stale) == 1
+    assert registry.get_sample_value("tknp_kv_transfer_failed_total", labels) == 1
+    assert registry.get_sample_value("tknp_kv_transfer_retries_total", labels) == 1
 
 
 def test_statistics_of_ranks_add_up_on_the_way_to_the_server() -> None:

@@ -166,7 +166,7 @@ class HandOvers:
 
 
 _KEPT = (
-    *("_owners", "_names", "_lease_ids", "_refused", "_trusted_until", "_slots", "_heartbeat_by_engine"),
+    *("_owners", "_handovers", "_names", "_lease_ids", "_refused", "_trusted_until", "_slots", "_heartbeat_by_engine"),
     *(
         "_reqs_need_recv",
         "_recving_metadata",

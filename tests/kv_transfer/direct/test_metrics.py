@@ -12,8 +12,9 @@ from kv_transfer.metrics import TransferStats
 from tests.services.building import tiny_config
 
 
-def test_bytes_and_seconds_are_counted_by_path(llama: Path) -> None:
+def test_bytes_and_seconds_are_counted_by_rank_and_path(llama: Path) -> None:
     stats = TransferStats()
+    stats.rank = 3
     stats.record_transfer(Telemetry(postDuration=10.0, xferDuration=2e6, totalBytes=700, descCount=7))
     stats.record_transfer(SimpleNamespace(xferDuration=1e6, postDuration=1e3, totalBytes=50, descCount=1))
     stats.record_transfer(None)
@@ -27,7 +28,9 @@ def test_bytes_and_seconds_are_counted_by_path(llama: Path) -> None:
     metrics = TokenParallelKVConnector.build_prom_metrics(config, types, ["engine"], {0: ["0"]})
     metrics.observe(TransferStats().aggregate(stats).data, 0)
     found = {
-        (name, path): registry.get_sample_value(f"tknp_kv_transfer_path_{name}_total", {"engine": "0", "path": path})
+        (name, path): registry.get_sample_value(
+            f"tknp_kv_transfer_path_{name}_total", {"engine": "0", "rank": "3", "path": path}
+        )
         for name in ("bytes", "seconds")
         for path in ("direct", "nixl")
     }
