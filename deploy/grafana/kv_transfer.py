@@ -13,7 +13,7 @@ BY_PATH = "tknp_kv_transfer_path"
 
 
 def kv_transfer() -> Dashboard:
-    rows = [_pulls(), _parts(), _failures()]
+    rows = [_pulls(), _handovers(), _parts(), _failures()]
     return board("kv-transfer", "KV transfer", "From prefill engines to the ranks of decode engines.", rows)
 
 
@@ -78,6 +78,36 @@ def _pulls() -> Row:
     )
 
 
+def _handovers() -> Row:
+    beside = "tknp_kv_handover_seconds"
+    parts, count = total(rate("tknp_kv_handover_stage_seconds_total"), "stage"), total(rate(f"{beside}_count"))
+    return Row(
+        "Hand-over",
+        [
+            graph(
+                "Time of a hand-over, less the copy",
+                "In the decode engine, from a request's arrival to its first step.",
+                SECONDS,
+                Query(quantile(0.5, beside), "p50"),
+                Query(quantile(0.95, beside), "p95"),
+            ),
+            graph(
+                "Time of a hand-over, less the copy, by rank",
+                "95th percentile.",
+                SECONDS,
+                Query(quantile(0.95, beside, by=("instance", "rank")), RANK),
+            ),
+            graph(
+                "Stages of a hand-over",
+                "Means. room: until its rank has room; pull: beside the copy; resume: until it is in a step.",
+                SECONDS,
+                Query(f"{parts} / ignoring (stage) group_left () {count}", "{{stage}}"),
+                is_stacked=True,
+            ),
+        ],
+    )
+
+
 def _parts() -> Row:
     return Row(
         "In NIXL",
@@ -113,7 +143,8 @@ def _failures() -> Row:
                 "Pulls that fail",
                 "Should be 0. Each of these prompts is computed again by the decode engine.",
                 PER_SECOND,
-                Query(total(rate(failed.format("transfers"), DECODE), "instance"), "{{instance}} transfers"),
+                Query(total(rate("tknp_kv_transfer_failed_total"), "instance", "rank"), RANK),
+                Query(total(rate(failed.format("transfers"), DECODE), "instance"), "{{instance}} transfers of NIXL"),
                 Query(total(rate(failed.format("notifications"), DECODE), "instance"), "{{instance}} notifications"),
             ),
             graph(
