@@ -16,6 +16,8 @@ from tests.deploy.prometheus import ROOT
 from tests.deploy.test_rules import rules
 from tests.e2e.panel_data import MAY_BE_ZERO, NOT_HERE
 
+NAMING_PANELS = ("troubleshooting", "operating")
+
 
 def test_the_committed_json_is_what_the_code_builds() -> None:
     committed = {path.name: path.read_text() for path in FOLDER.iterdir()}
@@ -56,7 +58,7 @@ def test_what_is_recorded_is_there() -> None:
 
 
 def test_the_panels_that_the_docs_name_exist() -> None:
-    text = " ".join((ROOT / "docs/troubleshooting.md").read_text().split())
+    text = " ".join(" ".join((ROOT / f"docs/{name}.md").read_text() for name in NAMING_PANELS).split())
     titles = {panel["title"] for board in boards() for panel in panels(board)}
     named = set(re.findall(r"(?<!\*)\*([A-Z][^*\n]+)\*(?!\*)", text))
     assert len(named) > 5 and named <= titles
