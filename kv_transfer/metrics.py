@@ -125,6 +125,7 @@ class TransferMetrics(PathMetrics):
             return ((str(rank), *rest) for rank, *rest in zip(*lists, strict=True))
 
         for rank, path, seconds, kv_bytes in items("pull", "path", "seconds", "bytes"):
+            self._begin(*values, rank, path=path)
             self._duration.labels(*values, rank, path).observe(seconds)
             self._bytes.labels(*values, rank, path).inc(kv_bytes)
         for rank, path, stages in items("handover", "path", "seconds"):
@@ -139,3 +140,11 @@ class TransferMetrics(PathMetrics):
             self._compared.labels(*values, rank).inc(num_blocks)
         for (rank,) in items("retry"):
             self._retries.labels(*values, rank).inc()
+
+    def _begin(self, *of_rank: object, path: str) -> None:
+        """Counters of what goes wrong start at 0: Prometheus does not see the first increase of one that was not there
+        before."""
+        self._failed.labels(*of_rank)
+        self._retries.labels(*of_rank)
+        for reason in Stale:
+            self._stale.labels(*of_rank, path, reason.value)

@@ -91,6 +91,10 @@ class RoleFlips:
             others = [other for other in givers if other is not engine]
             if not self._is_spare(engine, others) or role not in await self._roles_of(engine):
                 continue
+            # While it was asked, the pool may have lost others, or this one.
+            left = self._taking(role.other)
+            if engine not in left or not self._is_spare(engine, [other for other in left if other is not engine]):
+                continue
             logger.info("%s engine %s is to be %s: the pools' loads differ", role.other, engine.endpoint.name, role)
             self._membership.flip(engine)
             self._flips[role].inc()

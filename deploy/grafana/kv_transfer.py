@@ -9,10 +9,11 @@ from deploy.grafana.promql import DECODE, PREFILL, mean, quantile, rate, series,
 
 RANK = "{{instance}} rank {{rank}}"
 PULLS = "kv_transfer_duration_seconds"
+BY_PATH = "tknp_kv_transfer_path"
 
 
 def kv_transfer() -> Dashboard:
-    rows = [_pulls(), _parts(), _failures()]
+    rows = [_pulls(), _handovers(), _parts(), _failures()]
     return board("kv-transfer", "KV transfer", "From prefill engines to the ranks of decode engines.", rows)
 
 
@@ -55,10 +56,53 @@ def _pulls() -> Row:
             ),
             graph("Pulls", "By rank.", PER_SECOND, Query(total(rate(f"{PULLS}_count"), "instance", "rank"), RANK)),
             graph(
+                "Bytes pulled, by path",
+                "direct: between GPUs of one host; nixl: everything else.",
+                BYTES_PER_SECOND,
+                Query(total(rate(f"{BY_PATH}_bytes_total"), "path"), "{{path}}"),
+                is_stacked=True,
+            ),
+            graph(
+                "Bytes per second of a transfer, by path",
+                "Without the time in which a pull waits for its turn.",
+                BYTES_PER_SECOND,
+                Query(series("tknp:kv_transfer_path_bytes_per_second:mean5m"), "{{path}}"),
+            ),
+            graph(
                 "Bytes of a request",
                 "Mean over the router's requests that pulled.",
                 BYTES,
                 Query(f"{pulled} / {requests}", "mean"),
+            ),
+        ],
+    )
+
+
+def _handovers() -> Row:
+    beside = "tknp_kv_handover_seconds"
+    parts, count = total(rate("tknp_kv_handover_stage_seconds_total"), "stage"), total(rate(f"{beside}_count"))
+    return Row(
+        "Hand-over",
+        [
+            graph(
+                "Time of a hand-over, less the copy",
+                "In the decode engine, from a request's arrival to its first step.",
+                SECONDS,
+                Query(quantile(0.5, beside), "p50"),
+                Query(quantile(0.95, beside), "p95"),
+            ),
+            graph(
+                "Time of a hand-over, less the copy, by rank",
+                "95th percentile.",
+                SECONDS,
+                Query(quantile(0.95, beside, by=("instance", "rank")), RANK),
+            ),
+            graph(
+                "Stages of a hand-over",
+                "Means. room: until its rank has room; pull: beside the copy; resume: until it is in a step.",
+                SECONDS,
+                Query(f"{parts} / ignoring (stage) group_left () {count}", "{{stage}}"),
+                is_stacked=True,
             ),
         ],
     )
@@ -99,7 +143,8 @@ def _failures() -> Row:
                 "Pulls that fail",
                 "Should be 0. Each of these prompts is computed again by the decode engine.",
                 PER_SECOND,
-                Query(total(rate(failed.format("transfers"), DECODE), "instance"), "{{instance}} transfers"),
+                Query(total(rate("tknp_kv_transfer_failed_total"), "instance", "rank"), RANK),
+                Query(total(rate(failed.format("transfers"), DECODE), "instance"), "{{instance}} transfers of NIXL"),
                 Query(total(rate(failed.format("notifications"), DECODE), "instance"), "{{instance}} notifications"),
             ),
             graph(
@@ -108,6 +153,18 @@ def _failures() -> Row:
                 PER_SECOND,
                 Query(total(rate("tknp_kv_leases_total"), "end"), "{{end}}"),
                 Query(total(rate("vllm:nixl_num_kv_expired_reqs_total", PREFILL), "instance"), "{{instance}} expired"),
+            ),
+            graph(
+                "Offers that were not used",
+                "KV cache that was not sure to be the prompt's any more, by reason; the prompt was computed instead.",
+                PER_SECOND,
+                Query(total(rate("tknp_kv_transfer_stale_total"), "reason"), "{{reason}}"),
+            ),
+            graph(
+                "Prefill engines asked again",
+                "At the first contact, before they answered. Should be 0 but for the time when engines start.",
+                PER_SECOND,
+                Query(total(rate("tknp_kv_transfer_retries_total"), "instance", "rank"), RANK),
             ),
             graph(
                 "Requests that wait for KV cache",

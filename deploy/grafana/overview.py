@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from deploy.grafana.panels import COUNT, PER_SECOND, SECONDS, SHARE, Query, Row, board, graph, number
-from deploy.grafana.promql import PREFILL, rate, series, total
+from deploy.grafana.promql import rate, series, total
 
 QUANTILES = ("p50", "p95", "p99")
 
@@ -94,6 +94,7 @@ def _promises() -> Row:
 
 
 def _where() -> Row:
+    tokens = total(series("tknp_engine_outstanding_tokens", 'role="prefill"'), "namespace", "engine")
     return Row(
         "Where time and tokens go",
         [
@@ -124,12 +125,19 @@ def _where() -> Row:
                 Query(series("tknp:generation_tokens:rate5m"), "answer"),
             ),
             graph(
-                "What the pools are scaled on",
-                "Prompts that wait at each prefill engine; the share of KV cache in use on the fullest rank is on the "
-                "decode dashboard.",
+                "What the prefill pool is scaled on",
+                "Prompt tokens outstanding on each engine, as the chart's autoscaler reckons; besides it goes by the "
+                "time to first token.",
                 COUNT,
-                Query(series("tknp:prefill_requests_waiting:mean"), "waiting per prefill engine"),
-                Query(total(series("vllm:num_requests_running", PREFILL)), "running, all prefill engines"),
+                Query(f"avg({tokens})", "tokens of an engine"),
+                Query(series("tknp:prefill_requests_waiting:mean"), "prompts that wait in one"),
+            ),
+            graph(
+                "What the decode pool is scaled on",
+                "KV cache in use on the fullest rank, on average over the engines; besides it goes by the time between "
+                "tokens.",
+                SHARE,
+                Query(f"avg(max by (namespace, engine) ({series('tknp:rank_kv_used:ratio')}))", "fullest rank"),
             ),
             graph(
                 "Answers that the guard compared",

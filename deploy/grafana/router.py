@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.grafana.panels import BYTES, COUNT, PER_SECOND, SECONDS, Query, Row, board, graph
+from deploy.grafana.panels import BYTES, COUNT, PER_SECOND, SECONDS, SHARE, Query, Row, board, graph
 from deploy.grafana.promql import ROUTER, quantile, rate, series, total
 
 FAILED = 'outcome=~"failed|timeout|unavailable|rejected"'
@@ -12,7 +12,10 @@ FAILED = 'outcome=~"failed|timeout|unavailable|rejected"'
 
 def router() -> Dashboard:
     return board(
-        "router", "Router", "Admission, choice of engines, retries, cost.", [_admission(), _legs(), _process()]
+        "router",
+        "Router",
+        "Admission, choice of engines, retries, cost.",
+        [_admission(), _legs(), _pools(), _process()],
     )
 
 
@@ -107,6 +110,33 @@ def _legs() -> Row:
                 "Requests that were not handed over.",
                 PER_SECOND,
                 Query(total(rate("tknp_local_prefill_requests_total"), "reason"), "{{reason}}"),
+            ),
+        ],
+    )
+
+
+def _pools() -> Row:
+    return Row(
+        "Pools",
+        [
+            graph(
+                "Pressure, by pool",
+                "What it has to do as a share of what it should have at most; 0 without --flip-roles.",
+                SHARE,
+                Query(f"max by (namespace, role) ({series('tknp_pool_pressure')})", "{{role}}"),
+            ),
+            graph(
+                "Engines that changed their role",
+                "Within an hour, by the new one; needs --flip-roles.",
+                COUNT,
+                Query(total(f"increase({series('tknp_role_flips_total')}[1h])", "role"), "to {{role}}"),
+            ),
+            graph(
+                "Pods that discovery finds",
+                "Ready ones, and faults that made it list them again; with --discovery kubernetes.",
+                COUNT,
+                Query(f"max by (namespace, role) ({series('tknp_discovery_ready_pods')})", "{{role}}"),
+                Query(total(f"increase({series('tknp_discovery_faults_total')}[1h])", "fault"), "fault: {{fault}}"),
             ),
         ],
     )

@@ -260,6 +260,18 @@ def test_dashboards_and_rules_are_taken_as_they_are(chart_with_files: Chart) -> 
     assert rule["annotations"] == {"summary": "{{ $labels.engine }} is down"}
 
 
+def test_alerts_link_to_the_docs_where_they_can_be_read() -> None:
+    values: Object = {"model": "m", "metrics": {"rules": {"enabled": True}}}
+    for base in ("", "https://git.example.org/tknp/blob/main"):
+        values["metrics"]["rules"]["runbookBaseUrl"] = base
+        objects = filter(None, yaml.safe_load_all(render_text(values, Chart.load(CHART))))
+        groups = find(list(objects), "PrometheusRule", "llm-tknp-alerts")["spec"]["groups"]
+        alerts = [rule["annotations"] for group in groups for rule in group["rules"]]
+        key, start = ("runbook_url", f"{base}/docs/") if base else ("runbook", "docs/")
+        assert all(alert[key].startswith(f"{start}troubleshooting.md#") for alert in alerts)
+        assert base or not any("runbook_url" in alert for alert in alerts)  # a path is no URL to link to
+
+
 def test_kinds_of_an_operator_are_made_only_where_they_are_known(chart_with_files: Chart) -> None:
     """Helm renders here without a cluster, so `auto` finds none of them."""
     objects = list(filter(None, yaml.safe_load_all(render_text({"model": "m"}, chart_with_files))))

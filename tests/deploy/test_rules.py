@@ -71,8 +71,8 @@ def test_files_hold_nothing_that_a_prometheusrule_does_not_take() -> None:
 @pytest.mark.parametrize("alert", rules("alert"), ids=lambda rule: str(rule["alert"]))
 def test_an_alert_says_what_is_wrong_and_where_to_read_on(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in ("critical", "warning")
-    assert {"summary", "description", "runbook_url"} <= set(alert["annotations"])
-    path, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+    assert {"summary", "description", "runbook"} <= set(alert["annotations"])
+    path, _, anchor = alert["annotations"]["runbook"].partition("#")
     sections = re.split(r"^#+ (.*)$", (ROOT / path).read_text(), flags=re.MULTILINE)
     texts = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")): text for title, text in batched(sections[1:])}
     assert f"`{alert['alert']}`" in texts[anchor], "the section should say by which alerts one comes to it"

@@ -19,7 +19,8 @@ from tknp import cli
 SCRIPTS = Path(__file__).parents[2] / "deploy" / "slurm"
 TOOLS = {
     "srun": 'while [[ $1 == -* ]]; do shift; done; SLURM_NODEID=1 exec "$@"',
-    "tknp": 'printf "%q " "$@" > "$RECORD"; cat "$TKNP_RUN_DIR"/*/* > "$RECORD.urls"',
+    "tknp": 'printf "%q " "$@" > "$RECORD"; cat "$TKNP_RUN_DIR"/*/* > "$RECORD.urls"; cat "$TKNP_RUN_DIR"/engines-77 '
+    '> "$RECORD.engines" 2> /dev/null || true',
     "hostname": "echo localhost",
 }
 
@@ -35,6 +36,7 @@ def job(tmp_path: Path) -> Job:
 
     def run(script: str, *words: str, **environment: str) -> list[str]:
         given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path / "record"), "SLURM_NNODES": "2"}
+        given["SLURM_CPUS_PER_TASK"] = "8"
         given |= {"SLURM_JOB_ID": "77", "TKNP_RUN_DIR": str(tmp_path / "run"), **environment}
         subprocess.run(["bash", str(SCRIPTS / script), *words], env=given, check=True, timeout=60)
         return shlex.split((tmp_path / "record").read_text())
@@ -74,10 +76,11 @@ def test_a_router_job_waits_for_the_engines_that_it_was_told_of(job: Job, tmp_pa
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text(f"{url}\n")
     words = job("router.sbatch", "--decode-policy", "round_robin", TKNP_PREFILL_ENGINES="2")
+    file = tmp_path / "run" / "engines-77"
     assert words == shlex.split(
-        "router --host 0.0.0.0 --port 8000 --prefill-urls http://a:1,http://b:2 --decode-urls http://c:3 "
-        "--decode-policy round_robin"
+        f"router --host 0.0.0.0 --port 8000 --discovery file --engines-file {file} --decode-policy round_robin"
     )
+    assert (tmp_path / "record.engines").read_text() == "prefill http://a:1\nprefill http://b:2\ndecode http://c:3\n"
     with pytest.raises(subprocess.CalledProcessError):
         job("router.sbatch", TKNP_DECODE_ENGINES="2", TKNP_WAIT_SECONDS="0")
 

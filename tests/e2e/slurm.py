@@ -41,6 +41,7 @@ def start_job(name: str, script: str, nodes: Sequence[Host], log_dir: Path, *wor
     job = {
         "SLURM_JOB_ID": str(port),
         "SLURM_NNODES": str(len(nodes)),
+        "SLURM_CPUS_PER_TASK": "16",
         "STANDIN_NODES": " ".join(node.name for node in nodes),
         "TKNP_RUN_DIR": str(log_dir / "run"),
         "TKNP_INTERFACE": "eth0",

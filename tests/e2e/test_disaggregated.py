@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from tests.e2e.suite import (
     tokens,
 )
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BYTES_PER_BLOCK = 4 * 2 * 4 * BLOCK * 32 * 4
 """Of the tiny Llama: layers x key and value x KV heads x tokens x head size x bytes of a float32."""
 
@@ -38,7 +41,9 @@ BYTES_PER_BLOCK = 4 * 2 * 4 * BLOCK * 32 * 4
 @pytest.fixture(scope="module")
 def stack(models: Callable[[str], Path], log_dir: Path, plain_llama: Expected) -> Iterator[Stack]:
     model = models("llama")
-    with running(start_prefill(model, log_dir), start_decode(model, log_dir, 2), log_dir) as stack:
+    tools = ("--tool-call-parser", "pythonic")  # for examples/ask.py
+    prefill, decode = start_prefill(model, log_dir, *tools), start_decode(model, log_dir, 2, *tools)
+    with running(prefill, decode, log_dir) as stack:
         yield stack
 
 
@@ -78,6 +83,18 @@ def test_the_decode_engine_is_a_server_of_its_own(stack: Stack, plain_llama: Exp
     asks = [*around_boundaries(seed=1), *conversations()]
     assert answers(stack.decode, asks, at_once=8) == plain_llama(asks)
     assert [rank["kv_bytes_received"] for rank in stack.ranks()] == pulled
+
+
+def test_the_examples_run_as_they_stand(stack: Stack) -> None:
+    said = ""
+    for command in ([sys.executable, str(EXAMPLES / "ask.py")], [str(EXAMPLES / "ask.sh")]):
+        done = subprocess.run([*command, stack.router.url], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said += done.stdout
+    assert " tokens in, " in said
+    assert "tool: weather " in said
+    assert "data: [DONE]" in said
+    assert '"kv_transfer"' in said
 
 
 def test_prefix_hits_are_not_pulled_again(stack: Stack, plain_llama: Expected) -> None:

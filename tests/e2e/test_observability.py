@@ -11,7 +11,7 @@ import requests
 
 from services.vllm_server import free_port
 from tests.deploy.prometheus import MISSING, find_program
-from tests.e2e.panel_data import broken_rules, lacking, undocumented
+from tests.e2e.panel_data import blind_autoscalers, broken_rules, lacking, undocumented
 from tests.e2e.processes import ENGINE_OPTIONS, Service, start_router, tknp, wait_for
 from tests.e2e.stack import Stack, running
 from tests.e2e.suite import Ask, completion, conversations, tokens
@@ -136,7 +136,8 @@ def test_the_live_page_shows_the_ranks(stack: Stack) -> None:
 
 
 def test_every_panel_of_the_dashboards_has_data(stack: Stack, tmp_path: Path) -> None:
-    """And every rule can be evaluated, of metrics that exist, and every metric of ours is documented."""
+    """And so has every query that the chart's autoscalers ask; every rule can be evaluated, of metrics that exist; and
+    every metric of ours is documented."""
     if find_program("prometheus") is None:
         pytest.skip(MISSING.format("prometheus"))
     with watched(stack.prefill, stack.decode, tmp_path) as prometheus:
@@ -145,5 +146,6 @@ def test_every_panel_of_the_dashboards_has_data(stack: Stack, tmp_path: Path) ->
             time.sleep(2)
         assert lacks == []
         assert broken_rules(prometheus) == []
+        assert blind_autoscalers(prometheus) == []
         assert undocumented(prometheus) == []
     stack.wait_idle()

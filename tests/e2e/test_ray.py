@@ -1,13 +1,14 @@
-"""Token-parallel ranks, and prefill engines of `tknp serve --ray`, on a Ray cluster whose nodes are namespaces."""
+"""`tknp serve --ray` on a Ray cluster whose nodes are network namespaces with an address each."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.skipif(bool(reason := hosts.why_not()), reason=str(reas
 
 RAY = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts"]
 GCS_PORT = 6379
+NUM_GPUS = (1, 2)
+"""Of the head and of the other node: room for a prefill engine and two ranks, which can't share a node."""
 
 
 def environment(host: Host) -> dict[str, str]:
@@ -34,14 +37,14 @@ def in_cluster(head: Host) -> dict[str, str]:
     return {"RAY_ADDRESS": f"{head.address}:{GCS_PORT}"}
 
 
-def start_node(host: Host, head: Host, log_dir: Path) -> Service:
-    """A Ray node with room for one rank; on a CPU, places of ranks are Ray's GPUs."""
+def start_node(host: Host, head: Host, num_gpus: int, log_dir: Path) -> Service:
+    """A Ray node; on a CPU, Ray's GPUs are places of engines and ranks."""
     role = (
         ["--head", f"--port={GCS_PORT}", "--include-dashboard=false", f"--temp-dir=/tmp/{head.name}"]
         if host is head
         else [f"--address={head.address}:{GCS_PORT}"]
     )
-    size = ["--num-gpus=1", "--num-cpus=1", "--object-store-memory=80000000"]
+    size = [f"--num-gpus={num_gpus}", "--num-cpus=1", "--object-store-memory=80000000"]
     command = host.command([*RAY, "start", "--block", f"--node-ip-address={host.address}", *role, *size])
     return Service(f"ray-{host.index}", command, log_dir, GCS_PORT, environment(host), host.address)
 
@@ -58,67 +61,108 @@ def wait_for_nodes(head: Host, count: int) -> None:
 @pytest.fixture(scope="module")
 def nodes(log_dir: Path) -> Iterator[list[Host]]:
     """A cluster of two nodes, the head first."""
-    with hosts.hosts(2) as (head, other), ExitStack() as undo:
+    with hosts.hosts(len(NUM_GPUS)) as made, ExitStack() as undo:
+        head = made[0]
         undo.callback(shutil.rmtree, f"/tmp/{head.name}", ignore_errors=True)
-        for count, host in enumerate((head, other), 1):
-            undo.callback(start_node(host, head, log_dir).stop)
+        for count, (host, num_gpus) in enumerate(zip(made, NUM_GPUS, strict=True), 1):
+            undo.callback(start_node(host, head, num_gpus, log_dir).stop)
             wait_for_nodes(head, count)
-        yield [head, other]
+        yield made
+
+
+def start_serve(model: Path, head: Host, log_dir: Path) -> Service:
+    port = free_port()
+    words = ["serve", str(model), "--ray", "--host", head.address, "--port", str(port), "--log-dir", str(log_dir)]
+    command = head.command(tknp(*words, "--token-parallel-size", "2", *ENGINE_OPTIONS))
+    return Service("serve", command, log_dir, port, {**environment(head), **in_cluster(head)}, head.address)
+
+
+def says(service: Service, text: str) -> None:
+    """Returns once `service` has written `text`."""
+
+    def written() -> bool:
+        if text in service.log.read_text():
+            return True
+        if (code := service.process.poll()) is not None:
+            raise RuntimeError(f"{service.name} ended with {code}, without saying {text!r}:\n{service.tail()}")
+        return False
+
+    wait_for(written, START_SECONDS, repr(text))
+
+
+def free_gpus(head: Host) -> int:
+    """What the cluster could give away now."""
+    ask = "import ray; ray.init(log_to_driver=False); print(int(ray.available_resources().get('GPU', 0)))"
+    command = head.command([sys.executable, "-W", "ignore", "-c", ask])
+    done = subprocess.run(command, env={**os.environ, **environment(head), **in_cluster(head)}, capture_output=True)
+    return int(done.stdout or -1)
+
+
+def processes_on(host: Host) -> dict[str, str]:
+    """Command lines by process."""
+    pids = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for pid in pids.split():
+        with suppress(OSError):  # it has ended meanwhile
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
+def left_on(host: Host) -> list[str]:
+    """Command lines of engines and ranks that run there."""
+    names = ("-m tknp ", "VLLM::", "ray::Ray", "ray::Engine")
+    return [line for line in processes_on(host).values() if any(name in line for name in names)]
+
+
+def all_is_given_back(head: Host, other: Host) -> bool:
+    return not left_on(head) + left_on(other) and free_gpus(head) == sum(NUM_GPUS)
 
 
 @pytest.fixture(scope="module")
-def decode(models: Callable[[str], Path], nodes: list[Host], log_dir: Path) -> Iterator[Service]:
-    head = nodes[0]
-    port = free_port()
-    words = ["decode", str(models("llama")), "--host", head.address, "--port", str(port)]
-    ranks = ["--token-parallel-size", "2", "--distributed-executor-backend", "ray"]
-    command = head.command(tknp(*words, *ranks, *ENGINE_OPTIONS))
-    engine = Service("decode", command, log_dir, port, {**environment(head), **in_cluster(head)}, head.address)
+def model(models: Callable[[str], Path]) -> Path:
+    return models("llama")
+
+
+@pytest.fixture(scope="module")
+def serve(model: Path, nodes: list[Host], log_dir: Path) -> Iterator[Service]:
+    service = start_serve(model, nodes[0], log_dir)
     try:
-        engine.wait_ready()
-        yield engine
+        says(service, "until Ctrl-C")
+        yield service
     finally:
-        engine.stop()
+        service.stop()
 
 
-def test_ranks_on_two_ray_nodes_give_plain_vllm_s_tokens(decode: Service, plain_llama: Expected) -> None:
+def test_a_start_that_is_interrupted_leaves_nothing(model: Path, nodes: list[Host], tmp_path: Path) -> None:
+    head, other = nodes
+    service = start_serve(model, head, tmp_path)
+    wait_for(lambda: any("-m tknp prefill" in line for line in left_on(other)), START_SECONDS, "a start elsewhere")
+    service.stop()
+    assert service.process.returncode == 0
+    assert all_is_given_back(head, other)
+
+
+def test_what_is_spread_over_nodes_gives_plain_vllm_s_tokens(
+    serve: Service, nodes: list[Host], log_dir: Path, plain_llama: Expected
+) -> None:
+    head, other = nodes
     asks = [*around_boundaries(seed=1), *crowd(seed=2)]
-    assert answers(decode, asks, at_once=16) == plain_llama(asks)
-    found = [line.split()[-1] for line in decode.log.read_text().splitlines() if "is on Ray node" in line]
+    assert answers(serve, asks, at_once=16) == plain_llama(asks)
+    assert f"prefill-0 at http://{other.address}:" in serve.log.read_text()
+    assert f"decode-0 at http://{head.address}:" in serve.log.read_text()
+    decode = (log_dir / "decode-0.log").read_text()
+    found = [line.split()[-1] for line in decode.splitlines() if "is on Ray node" in line]
     assert len(set(found)) == len(found) == 2
-    assert all(rank["num_free_blocks"] == rank["num_blocks"] for rank in decode.get("/token_parallel")["ranks"])
+    assert free_gpus(head) == 0
+    ranks = next(engine["ranks"] for engine in serve.get("/status")["engines"] if engine["role"] == "decode")
+    assert all(rank["kv_used"] == 0 for rank in ranks)
 
 
-def test_an_engine_that_lost_a_rank_s_actor_ends(decode: Service) -> None:
-    pids = [rank["pid"] for rank in decode.get("/token_parallel")["ranks"]]
-    subprocess.run(["kill", "-9", str(pids[1])], check=True)
-    assert decode.process.wait(START_SECONDS) == 1
-    assert "a rank's Ray actor has died" in decode.log.read_text()
-
-
-PLACE_AND_RUN = """
-import os, subprocess, sys
-from tknp.launch.ray_places import ray_places
-
-prefill, decode = ray_places([1], [1], "tknp-test")
-assert decode.launcher == (sys.executable,)
-words = ["-c", "import os; print('it ran at', os.environ['VLLM_HOST_IP']); raise SystemExit(7)"]
-print(prefill.address, decode.address, flush=True)
-sys.exit(subprocess.run([*prefill.launcher, *words], env={**os.environ, **prefill.environment}).returncode)
-"""
-
-
-def test_an_engine_of_tknp_serve_runs_where_ray_has_room_for_it(nodes: list[Host]) -> None:
-    head = nodes[0]
-    ended = subprocess.run(
-        head.command([sys.executable, "-W", "ignore", "-c", PLACE_AND_RUN]),
-        env={**os.environ, **environment(head), **in_cluster(head)},
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-    )
-    assert ended.returncode == 7, ended.stderr
-    chosen, here = ended.stdout.splitlines()[0].split()
-    assert chosen in [host.address for host in nodes]
-    assert here == head.address
-    assert f"it ran at {chosen}" in ended.stdout + ended.stderr
+def test_the_loss_of_a_rank_ends_all_of_it(serve: Service, nodes: list[Host], log_dir: Path) -> None:
+    head, other = nodes
+    (pid,) = [int(pid) for pid, line in processes_on(other).items() if "ray::RayWorkerProc" in line]
+    os.kill(pid, signal.SIGKILL)
+    assert serve.process.wait(START_SECONDS) == 1
+    assert "a rank's Ray actor has died" in (log_dir / "decode-0.log").read_text()
+    assert "no decode engine is left" in serve.log.read_text()
+    assert all_is_given_back(head, other)

@@ -14,7 +14,7 @@ from tests.e2e.suite import completion, conversations, tokens
 
 NUM_CLIENTS = 6
 # Fewer may be with the engines than there are clients, so that some wait and a few are turned away.
-BUSY = ("--max-requests-in-flight=4", "--max-queue-length=1", "--guard-share=0.3")
+BUSY = ("--max-requests-in-flight=4", "--max-queue-length=1", "--guard-share=0.3", "--flip-roles")
 TURNED_AWAY = 503
 
 

@@ -12,6 +12,7 @@ import pytest
 from tknp.launch.defaults import environment, is_given, is_small, vllm_options
 from tknp.launch.devices import assign_devices, visible_devices
 from tknp.launch.options import CannotServeError, ServeOptions
+from tknp.launch.places import Place
 from tknp.launch.plan import ChildSpec, Role, plan_children
 from tknp.launch.ports import choose_ports
 
@@ -92,6 +93,24 @@ def test_gpus_are_disjoint_and_counted_with_both_kinds_of_parallelism(
         plan_children(
             dataclasses.replace(options, vllm_args=("--tensor_parallel_size=2",), decode_args=("-tp", "4")), "/scratch"
         )
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(3, ([1], [3, 3])), (1, ([1, 1, 1], []))])
+def test_on_ray_only_an_engine_with_ranks_spreads_over_nodes(
+    options: ServeOptions, monkeypatch: pytest.MonkeyPatch, ranks: int, asked: tuple[list[int], list[int]]
+) -> None:
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def places(on_one_node: list[int], of_ranks: list[int]) -> list[Place]:
+        seen.append((on_one_node, of_ranks))
+        return [Place(f"10.0.0.{i}", 1000 + i, 2000 + i) for i, _ in enumerate([*on_one_node, *of_ranks])]
+
+    monkeypatch.setattr("tknp.launch.plan.ray_places", places)
+    _, prefill, *decodes = plan_children(dataclasses.replace(options, ray=True, token_parallel_size=ranks), "/scratch")
+    assert seen == [asked]
+    assert prefill.url == "http://10.0.0.0:1000"
+    assert [child.url for child in decodes] == ["http://10.0.0.1:1001", "http://10.0.0.2:1002"]
+    assert ["--distributed-executor-backend" in child.command for child in decodes] == [ranks > 1] * 2
 
 
 def test_a_tensor_parallel_size_that_is_no_number_is_refused(options: ServeOptions) -> None:

@@ -13,7 +13,7 @@ from tknp.launch.ray_places import ray_places
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(CannotServeError, match=r"pip install -e '.\[ray\]'"):
-        ray_places([1], [2], "tknp-1")
+        ray_places([1], [2])
 
 
 class _Cluster:
@@ -43,4 +43,4 @@ def test_a_cluster_that_will_not_do_is_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", _Cluster(num_gpus))
     with pytest.raises(CannotServeError, match=sentence):
-        ray_places([1], [2], "tknp-1")
+        ray_places([1], [2])

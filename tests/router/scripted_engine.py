@@ -65,6 +65,7 @@ class ScriptedEngine:
         self.models: list[dict[str, Any]] = [{"id": MODEL, "object": "model", "max_model_len": 4096}]
         self.kv_traits: dict[str, str] | None = None  # None as of stock vLLM, which has no such route
         self.kv_roles: Any = None  # of GET /kv_roles, None if there is no such route
+        self.on_kv_roles: Callable[[], None] = lambda: None  # called before they are told
         self.token_parallel: dict[str, Any] | None = None  # None as of stock vLLM
         self.num_looks = 0  # at either
         self.is_mute = False  # looks get no answer
@@ -141,6 +142,7 @@ class ScriptedEngine:
         return web.json_response(self.kv_traits, status=404 if self.kv_traits is None else 200)
 
     async def _kv_roles(self, request: web.Request) -> web.Response:
+        self.on_kv_roles()
         return web.json_response(self.kv_roles, status=404 if self.kv_roles is None else 200)
 
     async def _ranks(self, request: web.Request) -> web.Response:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from functools import partial
+
 import pytest
 
 from tests.router.conftest import StartStack
@@ -69,5 +72,28 @@ def test_the_only_engine_of_a_model_keeps_its_role(start_stack: StartStack, capl
     stack.prefill[0].behaviour = stall
     stuck = stack.router.open_stream(prompt="x" * 1000)
     wait_for(lambda: "it is the only one of its model" in caplog.text)
+    stuck.close()
+    wait_for(stack.router.is_idle)
+
+
+def test_one_that_is_left_alone_while_it_is_asked_keeps_its_role(start_stack: StartStack) -> None:
+    stack = start_stack(num_prefill=1, num_decode=2, **SETTINGS)
+    (_, *pool) = stack.router.state.pool.engines
+    asked: list[int] = []
+
+    def pause(other: int) -> None:
+        asked.append(other)
+        pool[other].is_paused = True
+
+    for index, engine in enumerate(stack.decode):
+        engine.ranks, engine.kv_roles = [RANK], BOTH
+        engine.on_kv_roles = partial(pause, 1 - index)
+    wait_for(lambda: all(engine.load.kv.rooms for engine in pool))
+    stack.prefill[0].behaviour = stall
+    stuck = stack.router.open_stream(prompt="x" * 1000)
+    wait_for(lambda: asked and stack.router.metric("tknp_pool_pressure", role="prefill") > 1)
+    time.sleep(0.5)  # five more looks
+    assert [e.endpoint.role for e in stack.router.state.pool.engines] == ["prefill", "decode", "decode"]
+    assert stack.router.metric("tknp_role_flips_total", role="prefill") == 0
     stuck.close()
     wait_for(stack.router.is_idle)

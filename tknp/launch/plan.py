@@ -78,9 +78,11 @@ def _plan_engines(options: ServeOptions, cpu: bool, scratch: str) -> list[ChildS
     num_ranks = {Role.PREFILL: 1, Role.DECODE: options.token_parallel_size}
     needs = [tensor_parallel[role] * num_ranks[role] for role in roles]
     if options.ray:
-        count = options.prefill_replicas
-        places = ray_places(needs[:count], needs[count:], f"tknp-{options.port}")
-        own_args[Role.DECODE] = (*own_args[Role.DECODE], "--distributed-executor-backend", "ray")
+        has_ranks = options.token_parallel_size > 1
+        on_one_node = options.prefill_replicas if has_ranks else len(needs)
+        places = ray_places(needs[:on_one_node], needs[on_one_node:])
+        if has_ranks:
+            own_args[Role.DECODE] = (*own_args[Role.DECODE], "--distributed-executor-backend", "ray")
     else:
         places = local_places(needs, cpu)
     children = []

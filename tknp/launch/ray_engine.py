@@ -3,7 +3,8 @@
     python -m tknp.launch.ray_engine <namespace> <bundle> <number of GPUs> -m tknp prefill ...
 
 The bundle is one of the placement group that is named like the namespace. What the command writes is written here too,
-by Ray. When this process ends, Ray ends the actor, and with it the command and all that it started.
+by Ray. SIGINT ends the command in order. When this process is killed, Ray ends the actor, and with it the command and
+all that it started.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ _OF_A_NODE = ("VLLM_HOST_IP", "VLLM_NIXL_SIDE_CHANNEL_HOST")
 class Engine:
     """A Ray actor."""
 
-    def run(self, words: list[str], environment: dict[str, str]) -> int:
-        """Returns the exit code of `python <words>`, on this node."""
+    def __init__(self, words: list[str], environment: dict[str, str]) -> None:
+        """Starts `python <words>` on this node."""
         import ray
 
         guard = [sys.executable, "-m", "tknp.launch.guard", str(os.getpid())]
         own = {"VLLM_HOST_IP": ray.util.get_node_ip_address()}
-        return subprocess.run([*guard, sys.executable, *words], env={**os.environ, **environment, **own}).returncode
+        self._guard = subprocess.Popen([*guard, sys.executable, *words], env={**os.environ, **environment, **own})
+
+    def wait(self) -> int:
+        """The exit code."""
+        return self._guard.wait()
+
+    def stop(self) -> None:
+        self._guard.terminate()
 
 
 def main() -> None:
@@ -39,12 +47,20 @@ def main() -> None:
     ray.init(address=os.environ["RAY_ADDRESS"], namespace=namespace, logging_level=logging.WARNING)
     group = ray.util.get_placement_group(namespace)
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=int(bundle))
-    actor = ray.remote(Engine).options(num_cpus=0, num_gpus=int(num_gpus), scheduling_strategy=strategy).remote()
+    options = {"num_cpus": 0, "num_gpus": int(num_gpus), "max_concurrency": 2, "scheduling_strategy": strategy}
     environment = {k: v for k, v in os.environ.items() if k.startswith(_CARRIED) and k not in _OF_A_NODE}
+    actor = ray.remote(Engine).options(**options).remote(words, environment)
+    ended = actor.wait.remote()
     try:
-        sys.exit(ray.get(actor.run.remote(words, environment)))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        try:
+            code = ray.get(ended)
+        except KeyboardInterrupt:
+            actor.stop.remote()
+            code = ray.get(ended)
+    except ray.exceptions.RayActorError:
+        ray.shutdown()  # which says much; what counts comes last
+        sys.exit("this engine is gone: its Ray actor has died, or the node it was on; see `ray status`")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

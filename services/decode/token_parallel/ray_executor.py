@@ -31,6 +31,8 @@ class RayTokenParallelExecutor(RanksAsOne, RayExecutorV2):
         if _HOOK in environment:
             raise ValueError(f"token parallelism needs {_HOOK} of Ray's runtime environment for itself; leave it out")
         self.parallel_config.ray_runtime_env = {**environment, _HOOK: f"{__name__}.prepare_actor"}
+        if group := os.environ.get("TKNP_RAY_GROUP"):
+            self.parallel_config.placement_group = reserved_group(group, self.parallel_config.ray_runtime_env)
         super()._start_workers()
         for handle in self.ray_worker_handles:
             logger.info("token parallelism: the %s is on Ray node %s", self._describe(handle.rank), handle.node_id)
@@ -50,6 +52,15 @@ class RayTokenParallelExecutor(RanksAsOne, RayExecutorV2):
 
         # vLLM's own callback would only be heard between two steps.
         super().register_failure_callback(end)
+
+
+def reserved_group(name: str, runtime_env: dict[str, Any]) -> Any:
+    """The placement group `<namespace>/<name>`, in which `tknp serve --ray` keeps room for the ranks."""
+    import ray
+
+    namespace, _, name = name.partition("/")
+    ray.init(namespace=namespace, runtime_env=runtime_env)  # of the cluster that RAY_ADDRESS names
+    return ray.util.get_placement_group(name)
 
 
 def prepare_process() -> None:
