@@ -181,3 +181,10 @@ def test_notes_say_how_to_ask() -> None:
     notes = chart().render(values={"model": "org/name"}, name="llm", namespace="serving")["tknp/templates/NOTES.txt"]
     assert "kubectl -n serving port-forward service/llm-tknp-router 8000:80" in notes
     assert '"model": "org/name"' in notes
+
+
+@pytest.mark.parametrize("served", [["tiny", "small"], "tiny"])
+def test_notes_name_the_model_as_it_is_served(served: Any) -> None:
+    values: Object = {"model": "/tmp/model", "engines": {"options": {"served-model-name": served}}}
+    notes = chart().render(values=values, name="llm", namespace="serving")["tknp/templates/NOTES.txt"]
+    assert '"model": "tiny"' in notes
