@@ -165,6 +165,14 @@ def _at(path: str) -> Object:
     return schema
 
 
+def test_the_values_that_the_docs_name_exist() -> None:
+    text = (CHART.parents[2] / "docs" / "install-kubernetes.md").read_text()
+    table = text.partition("## Values worth knowing")[2].partition("##")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.partition(" | ")[0])}
+    assert len(named) > 15
+    assert named - _schema_paths(SCHEMA) == set()
+
+
 def test_every_line_of_the_values_is_described() -> None:
     """By a comment behind it, or above it, or by what it opens."""
     lines = (CHART / "values.yaml").read_text().splitlines()
