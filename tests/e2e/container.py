@@ -44,7 +44,7 @@ if [ "$image" = / ]; then
     printf '%s\n' root:x:0:0::/root:/bin/sh tknp:x:1000:1000::/home/tknp:/bin/sh >root/etc/passwd
     for folder in $OPEN_FOLDERS; do chmod a+rx "root$folder"; done
 fi
-unset OPEN_FOLDERS
+unset OPEN_FOLDERS OLDPWD
 mount -t proc proc root/proc; mount --rbind /sys root/sys; mount --rbind /dev root/dev
 mount -t tmpfs -o size=64m,mode=1777 shm root/dev/shm
 for _ in $(seq "$num_mounts"); do
@@ -96,7 +96,7 @@ def container_env(
     env = {**image_env(), **cluster}
     for entry in container.get("env", ()):
         is_field = "valueFrom" in entry
-        value = fields[entry["valueFrom"]["fieldRef"]["fieldPath"]] if is_field else expand(entry["value"], env)
+        value = fields[entry["valueFrom"]["fieldRef"]["fieldPath"]] if is_field else expand(entry.get("value", ""), env)
         env[entry["name"]] = value
     return env
 

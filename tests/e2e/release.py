@@ -73,7 +73,7 @@ class Serving:
         transfer = wait_for(
             lambda: requests.get(url, timeout=10).json().get("kv_transfer"), 30, "the transfer's record"
         )
-        assert transfer["bytes"] > 0
+        assert transfer["kv_bytes"] > 0
 
     def test_deleting_every_pod_at_once_ends_the_open_stream_whole(self, release: Release) -> None:
         """As `helm uninstall`: hooks, the router's draining and the engines' time-outs fit into the grace periods."""
