@@ -39,7 +39,7 @@ test: install browser prometheus ## Everything that CI runs; stops at the first 
 soak: install ## Mixed traffic, hang-ups and engine faults on the real stack (PRESET=short, thousand or hour)
 	$(VENV)/bin/python -m tests.soak $(PRESET) --log-dir logs/soak --output logs/soak/summary.json
 
-test-kubernetes: install ## Discovery against a real Kubernetes API server, which is built first: 6 to 30 minutes, once
+test-kubernetes: install ## Discovery and the chart against a real Kubernetes API server, built first: 6 to 30 minutes, once
 	scripts/kube_apiserver.sh
 	TKNP_TEST_KUBERNETES=1 $(VENV)/bin/pytest tests/kubernetes
 

@@ -85,7 +85,7 @@ def test_a_new_version_of_the_chart_alone_restarts_no_engine(tmp_path: Path) -> 
 def test_the_router_may_see_pods_and_nothing_else() -> None:
     objects = objects_of("minimal")
     role = find(objects, "Role", "llm-tknp-discovery")
-    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
     binding = find(objects, "RoleBinding", "llm-tknp-discovery")
     account = pod_spec(find(objects, "Deployment", "llm-tknp-router"))["serviceAccountName"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "serving"}]
@@ -173,6 +173,30 @@ def test_gpus_follow_from_the_options() -> None:
         for workload in workloads("gpu")
     }
     assert gpus == {"llm-tknp-prefill": 2, "llm-tknp-decode": 4, "llm-tknp-router": None}
+
+
+def test_gpus_by_claim() -> None:
+    """Dynamic resource allocation: the pod names a template of a claim, and the container the claim."""
+    gpus = {"name": "gpus", "resourceClaimTemplateName": "two-gpus"}
+    engines: Object = {"gpu": {"count": 0}, "resources": {"claims": [{"name": "gpus"}]}}
+    spec = pod_spec(
+        find(
+            render({"model": "m", "engines": engines | {"extraPodSpec": {"resourceClaims": [gpus]}}}),
+            "Deployment",
+            "llm-tknp-decode",
+        )
+    )
+    assert spec["resourceClaims"] == [gpus]
+    resources = spec["containers"][0]["resources"]
+    assert (resources["claims"], "nvidia.com/gpu" in str(resources)) == ([{"name": "gpus"}], False)
+
+
+@pytest.mark.parametrize("shared", ["engines", "everybody"])
+def test_one_service_account_for_several_is_made_once(shared: str) -> None:
+    account: Object = {"serviceAccount": {"name": "mine"}}
+    values: Object = {"model": "m", "engines": account} | ({"router": account} if shared == "everybody" else {})
+    names = [found["metadata"]["name"] for found in render(values) if found["kind"] == "ServiceAccount"]
+    assert sorted(names) == (["mine"] if shared == "everybody" else ["llm-tknp-router", "mine"])
 
 
 def test_secrets_are_in_no_command_line() -> None:

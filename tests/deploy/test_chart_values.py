@@ -64,6 +64,11 @@ def nested(path: str, value: Any) -> Object:
         ("prefill.autoscaling", {"enabled": True, "minReplicas": 9}, "minReplicas is 9, more than maxReplicas"),
         ("decode.autoscaling.metrics", [{"name": "x"}], "missing properties 'query', 'type', 'target'"),
         ("decode.autoscaling", {"enabled": True, "metrics": []}, "decode.autoscaling is enabled without metrics"),
+        ("router.extraPodSpec.containers", [], "invalid propertyName 'containers'"),
+        ("engines.extraPodSpec", {"hostNetwork": True}, "invalid propertyName 'hostNetwork'"),
+        ("engines.resources.claims", ["gpus"], "at '/engines/resources/claims/0': got string, want object"),
+        ("metrics.rules.runbookBaseUrl", "git.example.org/tknp", "at '/metrics/rules/runbookBaseUrl'"),
+        ("metrics.rules.runbookBaseUrl", "https://x/ # y", "at '/metrics/rules/runbookBaseUrl'"),
         ("image.repository", "x; rm -rf /", "at '/image/repository'"),
         ("image.tag", "a b", "at '/image/tag'"),
         ("model", "--trust-remote-code", "at '/model': '--trust-remote-code' does not match"),
@@ -160,6 +165,14 @@ def _at(path: str) -> Object:
     return schema
 
 
+def test_the_values_that_the_docs_name_exist() -> None:
+    text = (CHART.parents[2] / "docs" / "install-kubernetes.md").read_text()
+    table = text.partition("## Values worth knowing")[2].partition("##")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.partition(" | ")[0])}
+    assert len(named) > 15
+    assert named - _schema_paths(SCHEMA) == set()
+
+
 def test_every_line_of_the_values_is_described() -> None:
     """By a comment behind it, or above it, or by what it opens."""
     lines = (CHART / "values.yaml").read_text().splitlines()
@@ -176,3 +189,10 @@ def test_notes_say_how_to_ask() -> None:
     notes = chart().render(values={"model": "org/name"}, name="llm", namespace="serving")["tknp/templates/NOTES.txt"]
     assert "kubectl -n serving port-forward service/llm-tknp-router 8000:80" in notes
     assert '"model": "org/name"' in notes
+
+
+@pytest.mark.parametrize("served", [["tiny", "small"], "tiny"])
+def test_notes_name_the_model_as_it_is_served(served: Any) -> None:
+    values: Object = {"model": "/tmp/model", "engines": {"options": {"served-model-name": served}}}
+    notes = chart().render(values=values, name="llm", namespace="serving")["tknp/templates/NOTES.txt"]
+    assert '"model": "tiny"' in notes

@@ -90,6 +90,11 @@ class Host:
             raise OSError(f"tc qdisc {' '.join(words)}: {done.stderr.strip()}")
 
 
+def this_machine(host: Host) -> str:
+    """Where the hosts beside `host`, and itself, reach the machine that they are made on."""
+    return f"{host.address.rpartition('.')[0]}.254"
+
+
 @dataclass(frozen=True)
 class Link:
     """What two hosts say to each other. Cut, it loses every packet without a word, as a broken switch does."""

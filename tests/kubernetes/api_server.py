@@ -75,7 +75,8 @@ class ApiServer:
 
 
 @contextmanager
-def running_api_server(folder: Path, *, watch_cache: bool = True) -> Iterator[ApiServer]:
+def running_api_server(folder: Path, *, watch_cache: bool = True, address: str = "127.0.0.1") -> Iterator[ApiServer]:
+    """`address`: where it listens."""
     etcd_port, peer_port, port = free_port(), free_port(), free_port()
     etcd_url = f"http://127.0.0.1:{etcd_port}"
     key, public = folder / "sa.key", folder / "sa.pub"
@@ -89,7 +90,7 @@ def running_api_server(folder: Path, *, watch_cache: bool = True) -> Iterator[Ap
     )
     server = (
         *(BINARIES / "kube-apiserver", f"--etcd-servers={etcd_url}", f"--secure-port={port}"),
-        *("--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", f"--cert-dir={folder / 'certs'}"),
+        *(f"--bind-address={address}", f"--advertise-address={address}", f"--cert-dir={folder / 'certs'}"),
         *("--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://test"),
         *(f"--service-account-signing-key-file={key}", f"--service-account-key-file={public}"),
         *(f"--token-auth-file={tokens}", "--authorization-mode=RBAC"),
@@ -101,7 +102,7 @@ def running_api_server(folder: Path, *, watch_cache: bool = True) -> Iterator[Ap
             with (folder / f"{name}.log").open("wb") as log:
                 processes.append(subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env={**os.environ}))
         api_server = ApiServer(
-            f"https://127.0.0.1:{port}", folder / "certs" / "apiserver.crt", etcd_url, folder, watch_cache
+            f"https://{address}:{port}", folder / "certs" / "apiserver.crt", etcd_url, folder, watch_cache
         )
         _wait_ready(api_server, processes)
         yield api_server

@@ -76,7 +76,9 @@
 {{- if .spec.rdma.enabled }}{{ $_ := set $extra .spec.rdma.resource (int .spec.rdma.count) }}{{ end }}
 {{- $limits := mergeOverwrite (deepCopy $extra) .spec.resources.limits }}
 {{- $requests := mergeOverwrite (deepCopy $extra) .spec.resources.requests }}
-{{- toYaml (dict "limits" $limits "requests" $requests) }}
+{{- $resources := dict "limits" $limits "requests" $requests }}
+{{- with .spec.resources.claims }}{{ $_ := set $resources "claims" . }}{{ end }}
+{{- toYaml $resources }}
 {{- end }}
 
 {{- define "tknp.engineSecurityContext" -}}

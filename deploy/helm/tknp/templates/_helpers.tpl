@@ -106,7 +106,7 @@ annotations:
 {{- end }}
 {{- end }}
 
-{{/* Where pods run, in the words of a pod's spec. Takes root, component, spec (the values) and affinity. */}}
+{{/* Where pods run, and what the values add, in the words of a pod's spec. Takes root, component, spec (the values) and affinity. */}}
 {{- define "tknp.placement" -}}
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
@@ -124,7 +124,12 @@ topologySpreadConstraints: {{- tpl (toYaml .) $.root | nindent 2 }}
 {{- end }}
 {{- if .spec.hostNetwork }}
 hostNetwork: true
+{{- if not (hasKey .spec.extraPodSpec "dnsPolicy") }}
 dnsPolicy: ClusterFirstWithHostNet
+{{- end }}
+{{- end }}
+{{- with .spec.extraPodSpec }}
+{{ tpl (toYaml .) $.root }}
 {{- end }}
 {{- end }}
 
