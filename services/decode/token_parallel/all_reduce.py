@@ -82,6 +82,13 @@ def leave_out_fusion(vllm_config: Any) -> None:
         )
 
 
+def tell_of_no_overlap(reason: str) -> None:
+    """Says in the log why decode steps run in one micro-batch."""
+    logger.warning(
+        "token parallelism: decode steps run in one micro-batch, so the root computes while the others wait: %s", reason
+    )
+
+
 def install(vllm_config: Any, tp_group: Any, max_rows: int) -> AllReduceOfEach | None:
     """Gives the second micro-batch its own all-reduce; None, with the reason in the log, where it can't have one.
 
@@ -97,10 +104,7 @@ def install(vllm_config: Any, tp_group: Any, max_rows: int) -> AllReduceOfEach |
         second = _second(vllm_config, tp_group, max_rows)
         reason = _agreed(tp_group, "vLLM's custom all-reduce has no second set of buffers" if second.disabled else None)
     if reason is not None:
-        logger.warning(
-            "token parallelism: decode steps run in one micro-batch, so the root computes while the others wait: %s",
-            reason,
-        )
+        tell_of_no_overlap(reason)
         return None
     # vLLM asks these before the custom one, and both micro-batches would use them.
     communicator.fi_ar_comm = communicator.fi_pcie_ipc_ar_comm = None
@@ -125,7 +129,7 @@ def _second(vllm_config: Any, tp_group: Any, max_rows: int) -> Any:
 
 def _obstacle(vllm_config: Any, communicator: Any) -> str | None:
     """Why the second micro-batch can't reduce on its own."""
-    own, parallel = communicator.ca_comm, vllm_config.parallel_config
+    own = communicator.ca_comm
     obstacles = {
         "vLLM's custom all-reduce is off (--disable-custom-all-reduce, or GPUs that can't reach one another)": (
             own is None or own.disabled
@@ -135,9 +139,6 @@ def _obstacle(vllm_config: Any, communicator: Any) -> str | None:
         ),
         "all-reduces are fused with RMS norm (fuse_allreduce_rms), in one workspace": bool(
             vllm_config.compilation_config.pass_config.fuse_allreduce_rms
-        ),
-        "experts are spread over GPUs (--enable-expert-parallel), whose own collectives have one set of buffers": bool(
-            parallel.enable_expert_parallel
         ),
     }
     return next((reason for reason, present in obstacles.items() if present), None)

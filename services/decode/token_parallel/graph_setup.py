@@ -11,7 +11,7 @@ from vllm.distributed.parallel_state import get_tp_group, get_world_group, in_th
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from services.decode.token_parallel.all_reduce import install
+from services.decode.token_parallel.all_reduce import install, tell_of_no_overlap
 from services.decode.token_parallel.exchange import Exchange, SymmetricMemory
 from services.decode.token_parallel.graph_model import GraphModel
 from services.decode.token_parallel.graphs import Graphs
@@ -72,12 +72,28 @@ def _reach_one_another(group: Any, device: torch.device) -> bool:
 def make_graph_model(vllm_config: Any, model: Any, graphs: Graphs, layers: Mapping[str, Any]) -> GraphModel:
     """On the root: the model for graphs of one micro-batch or, from `graphs.sizes.overlap_from` rows on, of two."""
     overlap = _overlap_from(vllm_config, layers.values(), model.parameters())
+    if overlap is not None and (reason := _shared_by_streams(vllm_config.model_config)) is not None:
+        tell_of_no_overlap(reason)
+        overlap = None
     all_reduces = None
     if overlap is not None and vllm_config.parallel_config.tensor_parallel_size > 1:
         all_reduces = install(vllm_config, get_tp_group(), graphs.exchange.max_rows)
         overlap = overlap if all_reduces is not None else None
     graphs.sizes = GraphSizes((), overlap)
     return GraphModel(model, graphs, all_reduces)
+
+
+def _shared_by_streams(model_config: Any) -> str | None:
+    """What two micro-batches, each on a stream of its own, would both use in a model that is not dense and plain."""
+    if model_config.get_num_experts():
+        # model_executor/layers/fused_moe: shared experts fork to one auxiliary stream, and experts take their scratch
+        # memory from v1/worker/workspace.py.
+        return "experts keep scratch memory and a stream of their own, which two micro-batches can't share"
+    if model_config.quantization is not None:
+        return (
+            f"kernels of {model_config.quantization} weights may keep workspaces, which two micro-batches can't share"
+        )
+    return None
 
 
 def _overlap_from(vllm_config: Any, layers: Iterable[Any], parameters: Iterable[torch.Tensor]) -> int | None:

@@ -50,12 +50,10 @@ def communicator(buffers: Any) -> Any:
 
 
 def config(**changes: Any) -> Any:
-    given = {"fused": False, "tensor_parallel_size": 2, "enable_expert_parallel": False, **changes}
+    given = {"fused": False, "tensor_parallel_size": 2, **changes}
     return SimpleNamespace(
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_allreduce_rms=given["fused"])),
-        parallel_config=SimpleNamespace(
-            tensor_parallel_size=given["tensor_parallel_size"], enable_expert_parallel=given["enable_expert_parallel"]
-        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=given["tensor_parallel_size"]),
         model_config=SimpleNamespace(get_hidden_size=lambda: 16, dtype=torch.bfloat16),
         use_cumem_cudagraph_pool=False,
     )
@@ -112,19 +110,15 @@ def test_reductions_that_vllm_would_prefer_are_put_aside(group: Any) -> None:
     assert group.device_communicator.all_reduce(ROWS)[0, 0] == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"fused": True}, "fuse_allreduce_rms"), ({"enable_expert_parallel": True}, "--enable-expert-parallel")],
-)
 def test_without_buffers_of_its_own_there_is_one_micro_batch_and_the_log_says_why(
-    group: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], named: str
+    group: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warned: list[str] = []
     monkeypatch.setattr(all_reduce.logger, "warning", lambda text, *args: warned.append(text % args))
     own = group.device_communicator.ca_comm
-    assert install(config(**changes), group, max_rows=8) is None
+    assert install(config(fused=True), group, max_rows=8) is None
     assert group.device_communicator.ca_comm is own
-    assert named in warned[0]
+    assert "fuse_allreduce_rms" in warned[0]
     own.disabled = True
     assert install(config(), group, max_rows=8) is None
     assert "--disable-custom-all-reduce" in warned[1]
