@@ -70,6 +70,8 @@ def main() -> None:
 
 
 def _start(spec: EngineSpec, model: str) -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     from services.decode.token_parallel.llm import TokenParallelLLM
 
     ranks = spec.token_parallel_size
@@ -84,13 +86,15 @@ def _start(spec: EngineSpec, model: str) -> Any:
         # So few that requests are preempted; the reference has room for all of them.
         blocks_per_rank=[_BLOCKS_OF_RANK] * ranks if ranks > 1 else None,
         overlap_from=0 if spec.without else 4,
-        attention_backend=spec.attention,
+        attention_backend=AttentionBackendEnum[spec.attention] if spec.attention else None,
         quantization=spec.weights,
         max_model_len=_MAX_MODEL_LEN,
         max_num_seqs=_SIZES[-1],
         max_num_batched_tokens=spec.chunk,
         block_size=16,
-        gpu_memory_utilization=0.3,
+        # Fixed, because engines that share a GPU would measure one another's memory.
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=1 << 30,
         compilation_config=graphs,
         enable_prefix_caching=True,
         logprobs_mode="raw_logits",

@@ -35,24 +35,38 @@ class Outcome:
 
 
 class Devices:
-    """GPUs that are lent, several at a time."""
+    """GPUs that are lent: one of plain vLLM to several engines at once, ours to one, because a kernel that waits for
+    another GPU's needs that one to run at the same time."""
+
+    ENGINES = 3
+    """Plain ones on one GPU."""
 
     def __init__(self, count: int) -> None:
-        self._free = list(range(count))
+        self._free = [self.ENGINES] * count
         self._changed = threading.Condition()
 
     @contextmanager
     def lent(self, count: int) -> Iterator[list[int]]:
-        """Waits for `count` GPUs and gives them back."""
+        """Waits for `count` GPUs, or for room on one, and gives them back."""
+        share = 1 if count == 1 else self.ENGINES
         with self._changed:
-            self._changed.wait_for(lambda: len(self._free) >= count)
-            mine, self._free = self._free[:count], self._free[count:]
+            self._changed.wait_for(lambda: len(self._with_room(share)) >= count)
+            mine = self._with_room(share)[:count]
+            self._take(mine, share)
         try:
-            yield mine
+            yield sorted(mine)
         finally:
             with self._changed:
-                self._free = sorted(self._free + mine)
+                self._take(mine, -share)
                 self._changed.notify_all()
+
+    def _with_room(self, share: int) -> list[int]:
+        roomy = [gpu for gpu, free in enumerate(self._free) if free >= share]
+        return sorted(roomy, key=lambda gpu: -self._free[gpu])
+
+    def _take(self, gpus: Sequence[int], share: int) -> None:
+        for gpu in gpus:
+            self._free[gpu] -= share
 
 
 class Runs:

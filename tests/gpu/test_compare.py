@@ -60,9 +60,12 @@ def test_prompts_share_prefixes_and_are_cut_into_chunks() -> None:
     assert max(map(len, given)) + 64 <= 512
 
 
-def test_gpus_are_lent_to_one_engine_at_a_time() -> None:
+def test_gpus_are_lent_to_one_of_ours_or_to_some_plain_engines() -> None:
     devices = Devices(3)
-    with devices.lent(2) as first, devices.lent(1) as second:
-        assert sorted(first + second) == [0, 1, 2]
+    with devices.lent(2) as ours, devices.lent(1) as plain, devices.lent(1) as another:
+        assert sorted(ours + plain) == [0, 1, 2]
+        assert another == plain
+    with devices.lent(1) as one, devices.lent(1) as other:
+        assert one != other
     with devices.lent(3) as all_of_them:
         assert all_of_them == [0, 1, 2]

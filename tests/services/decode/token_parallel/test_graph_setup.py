@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from services.decode.token_parallel import all_reduce, graph_setup
+from services.decode.token_parallel.graph_setup import make_graph_model
+from services.decode.token_parallel.graphs import Graphs
+from tests.services.building import tiny_config
+
+
+class Model(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    texts: list[str] = []
+    monkeypatch.setattr(all_reduce.logger, "warning", lambda text, *args: texts.append(text % args))
+    # Its stream needs a GPU.
+    monkeypatch.setattr(graph_setup, "GraphModel", lambda model, graphs, all_reduces: all_reduces)
+    return texts
+
+
+def overlap_of(config: Any) -> int | None:
+    """Rows from which the graphs of such an engine hold two micro-batches."""
+    config.additional_config["token_parallel"]["overlap_from"] = 4
+    graphs = Graphs(SimpleNamespace(max_rows=8), ["first"])  # type: ignore[arg-type]
+    assert make_graph_model(config, Model(), graphs, {}) is None
+    return graphs.sizes.overlap_from
+
+
+def test_a_dense_model_with_plain_weights_overlaps(llama: Path, warned: list[str]) -> None:
+    assert overlap_of(tiny_config(llama)) == 4
+    assert not warned
+
+
+def test_experts_and_quantised_weights_share_scratch_memory_so_they_don_t(llama: Path, warned: list[str]) -> None:
+    config = tiny_config(llama)
+    config.model_config.quantization = "fp8"
+    assert overlap_of(config) is None
+    config.model_config.model_arch_config.num_experts = 4
+    assert overlap_of(config) is None
+    assert "kernels of fp8 weights" in warned[0] and "experts" in warned[1]
