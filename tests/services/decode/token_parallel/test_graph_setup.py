@@ -13,11 +13,6 @@ from services.decode.token_parallel.graphs import Graphs
 from tests.services.building import tiny_config
 
 
-class Model(torch.nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(4, 4)
-
-
 @pytest.fixture
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
@@ -31,7 +26,7 @@ def overlap_of(config: Any) -> int | None:
     """Rows from which the graphs of such an engine hold two micro-batches."""
     config.additional_config["token_parallel"]["overlap_from"] = 4
     graphs = Graphs(SimpleNamespace(max_rows=8), ["first"])  # type: ignore[arg-type]
-    assert make_graph_model(config, Model(), graphs, {}) is None
+    assert make_graph_model(config, torch.nn.Linear(4, 4), graphs, {}) is None
     return graphs.sizes.overlap_from
 
 
