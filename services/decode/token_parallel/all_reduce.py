@@ -70,18 +70,6 @@ class AllReduceOfEach:
         return fits
 
 
-def leave_out_fusion(vllm_config: Any) -> None:
-    """Before the workers start: switches off FlashInfer's all-reduce fused with RMS norm, whose workspace two
-    micro-batches can't share."""
-    passes = vllm_config.compilation_config.pass_config
-    if vllm_config.parallel_config.tensor_parallel_size > 1 and passes.fuse_allreduce_rms:
-        passes.fuse_allreduce_rms = False
-        logger.info(
-            "token parallelism: all-reduces are not fused with RMS norm, so that two micro-batches can overlap; "
-            "--token-parallel-overlap-from 0 keeps the fusion"
-        )
-
-
 def tell_of_no_overlap(reason: str) -> None:
     """Says in the log why decode steps run in one micro-batch."""
     logger.warning(

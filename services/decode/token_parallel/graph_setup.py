@@ -69,6 +69,23 @@ def _reach_one_another(group: Any, device: torch.device) -> bool:
     return all(votes)
 
 
+def leave_out_fusion(vllm_config: Any) -> None:
+    """Before the workers start: switches off FlashInfer's all-reduce fused with RMS norm, whose workspace two
+    micro-batches can't share."""
+    passes = vllm_config.compilation_config.pass_config
+    if (
+        vllm_config.parallel_config.tensor_parallel_size > 1
+        and passes.fuse_allreduce_rms
+        and TokenParallelOptions.of(vllm_config).overlap_from != 0
+        and _shared_by_streams(vllm_config.model_config) is None
+    ):
+        passes.fuse_allreduce_rms = False
+        logger.info(
+            "token parallelism: all-reduces are not fused with RMS norm, so that two micro-batches can overlap; "
+            "--token-parallel-overlap-from 0 keeps the fusion"
+        )
+
+
 def make_graph_model(vllm_config: Any, model: Any, graphs: Graphs, layers: Mapping[str, Any]) -> GraphModel:
     """On the root: the model for graphs of one micro-batch or, from `graphs.sizes.overlap_from` rows on, of two."""
     overlap = _overlap_from(vllm_config, layers.values(), model.parameters())

@@ -12,7 +12,7 @@ import torch
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 
 from services.decode.token_parallel import all_reduce
-from services.decode.token_parallel.all_reduce import install, leave_out_fusion
+from services.decode.token_parallel.all_reduce import install
 
 ROWS = torch.ones(4, 16)
 
@@ -49,11 +49,9 @@ def communicator(buffers: Any) -> Any:
     return made
 
 
-def config(**changes: Any) -> Any:
-    given = {"fused": False, "tensor_parallel_size": 2, **changes}
+def config(fused: bool = False) -> Any:
     return SimpleNamespace(
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_allreduce_rms=given["fused"])),
-        parallel_config=SimpleNamespace(tensor_parallel_size=given["tensor_parallel_size"]),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_allreduce_rms=fused)),
         model_config=SimpleNamespace(get_hidden_size=lambda: 16, dtype=torch.bfloat16),
         use_cumem_cudagraph_pool=False,
     )
@@ -122,11 +120,3 @@ def test_without_buffers_of_its_own_there_is_one_micro_batch_and_the_log_says_wh
     own.disabled = True
     assert install(config(), group, max_rows=8) is None
     assert "--disable-custom-all-reduce" in warned[1]
-
-
-def test_fusion_is_left_out_only_where_two_micro_batches_could_meet_in_it() -> None:
-    roots, alone = config(fused=True), config(fused=True, tensor_parallel_size=1)
-    leave_out_fusion(roots)
-    leave_out_fusion(alone)
-    assert not roots.compilation_config.pass_config.fuse_allreduce_rms
-    assert alone.compilation_config.pass_config.fuse_allreduce_rms

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from services.decode.token_parallel import all_reduce, graph_setup
-from services.decode.token_parallel.graph_setup import make_graph_model
+from services.decode.token_parallel.graph_setup import leave_out_fusion, make_graph_model
 from services.decode.token_parallel.graphs import Graphs
 from tests.services.building import tiny_config
 
@@ -42,3 +42,19 @@ def test_experts_and_quantised_weights_share_scratch_memory_so_they_don_t(llama:
     config.model_config.model_arch_config.num_experts = 4
     assert overlap_of(config) is None
     assert "kernels of fp8 weights" in warned[0] and "experts" in warned[1]
+
+
+@pytest.mark.parametrize(
+    ("roots", "overlap_from", "weights", "kept"),
+    [(2, None, None, False), (2, 8, None, False), (2, 0, None, True), (1, None, None, True), (2, None, "fp8", True)],
+)
+def test_fusion_is_left_out_only_where_two_micro_batches_could_meet_in_it(
+    llama: Path, roots: int, overlap_from: int | None, weights: str | None, kept: bool
+) -> None:
+    config = tiny_config(llama)
+    config.parallel_config.tensor_parallel_size = roots
+    config.model_config.quantization = weights
+    config.additional_config["token_parallel"]["overlap_from"] = overlap_from
+    config.compilation_config.pass_config.fuse_allreduce_rms = True
+    leave_out_fusion(config)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms == kept
