@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,10 @@ def decode(
     from bench.decode import Measured, Plan, compare, differences, environment, table
     from bench.setups import Setup
 
+    if plot is not None and output is None:
+        raise typer.BadParameter("--plot draws what --output holds; give both")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib: pip install 'tknp[bench]'")
     known = json.loads(output.read_text()) if output is not None and output.exists() else {}
     setups = tuple(Setup.parse(name) for name in setup)
     plan = Plan(shape, tuple(context), setups, tuple(batch), log_dir, bandwidth * 1e12, steps, trace)
@@ -83,7 +88,10 @@ def decode(
     if plot is not None and output is not None:
         from bench.plot import draw
 
-        draw(json.loads(output.read_text())["rows"], plot)
+        try:
+            draw(json.loads(output.read_text())["rows"], plot)
+        except ValueError as error:
+            measured.refused.append(str(error))
     for reason in measured.refused:
         typer.echo(reason, err=True)
     if measured.refused:

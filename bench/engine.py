@@ -27,8 +27,8 @@ class EngineJob:
     Attributes:
         without: see `Setup.without`.
         num_tokens: of each sequence, and so the steps of a batch.
-        trace_dir: where each worker's Chrome trace of a few steps of the largest batch at the longest context goes;
-            none if empty.
+        trace_dir: where each worker's Chrome trace of a few steps goes, of the batch and context with the most KV
+            cache; none if empty.
     """
 
     shape: str
@@ -60,21 +60,24 @@ def main() -> None:
     began = time.perf_counter()
     llm = _start(job)
     write({"start": {"engine_seconds": round(time.perf_counter() - began, 1), **_kv_worker_seconds(llm, job)}})
-    cache = llm.llm_engine.vllm_config.cache_config
-    for context in job.contexts:
-        for batch in job.batches:
-            # Each rank keeps a null block, and the last ones may be too few for one more sequence.
-            if batch * (context + job.num_tokens) > cache.num_gpu_blocks * cache.block_size:
-                continue
-            _intervals(llm, batch, context, _WARM_UP_TOKENS)
-            # Seconds between steps in which every request got a token.
-            write({"context": context, "batch": batch, "intervals": _intervals(llm, batch, context, job.num_tokens)})
-    if job.trace_dir:
-        num_micro_batches = _trace(llm, job)
+    cells = _cells_that_fit(llm, job)
+    for context, batch in cells:
+        _intervals(llm, batch, context, _WARM_UP_TOKENS)
+        # Seconds between steps in which every request got a token.
+        write({"context": context, "batch": batch, "intervals": _intervals(llm, batch, context, job.num_tokens)})
+    if job.trace_dir and cells:
+        num_micro_batches = _trace(llm, job, *max(cells, key=lambda cell: cell[0] * cell[1]))
         traces = enumerate(sorted(Path(job.trace_dir).iterdir()))
         ranks = [read(trace, rank, SHAPES[job.shape].num_layers, num_micro_batches) for rank, trace in traces]
         write({"breakdown": as_json(ranks)})
         print(table(ranks))
+
+
+def _cells_that_fit(llm: Any, job: EngineJob) -> list[tuple[int, int]]:
+    """(context, batch) whose sequences all fit into the KV cache at once."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    room = cache.num_gpu_blocks * cache.block_size
+    return [(c, b) for c in job.contexts for b in job.batches if b * (c + job.num_tokens) <= room]
 
 
 def _kv_worker_seconds(llm: Any, job: EngineJob) -> dict[str, list[float]]:
@@ -123,11 +126,10 @@ def _start(job: EngineJob) -> Any:
     )
 
 
-def _trace(llm: Any, job: EngineJob) -> int:
+def _trace(llm: Any, job: EngineJob, context: int, batch: int) -> int:
     """Runs the batch once more and has a few steps traced in which every request gets a token; returns the number of
     micro-batches in such a step."""
-    batch = max(job.batches)
-    _add_requests(llm, batch, max(job.contexts), max(job.num_tokens, 4 * _TRACED_STEPS))
+    _add_requests(llm, batch, context, max(job.num_tokens, 4 * _TRACED_STEPS))
     full_steps, num_micro_batches = 0, 1
     while llm.llm_engine.has_unfinished_requests():
         if len(llm.llm_engine.step()) < batch:

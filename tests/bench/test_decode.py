@@ -109,3 +109,9 @@ def test_a_repeated_option_takes_several_values(monkeypatch: pytest.MonkeyPatch,
     assert result.exit_code == 0, result.output
     assert [setup.name for setup in plans[0].setups] == ["t1p2", "dp2"]
     assert (plans[0].batches, plans[0].contexts, plans[0].shape) == ((1, 64, 256, 8), (64,), "tiny")
+
+
+def test_a_plot_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["decode", "--plot", str(tmp_path / "plot.svg")])
+    assert result.exit_code == 2
+    assert "--plot draws what --output holds" in result.output
