@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def _measure(plan: Plan, setup: Setup, measured: Measured) -> None:
     )
     name = f"{plan.shape} {setup.name}"
     if plan.trace:
-        job = replace(job, trace_dir=str((plan.log_dir / f"{plan.shape}-{setup.name}-trace").absolute()))
+        traces = (plan.log_dir / f"{plan.shape}-{setup.name}-trace").absolute()
+        shutil.rmtree(traces, ignore_errors=True)  # an earlier run's would be read as further ranks
+        job = replace(job, trace_dir=str(traces))
     try:
         replicas = _run_replicas(setup, job, plan.log_dir)
     except subprocess.CalledProcessError as error:
