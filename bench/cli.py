@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 
@@ -16,37 +18,84 @@ def bench() -> None:
     """Benchmarks."""
 
 
-@app.command()
+class SpreadOptions(TyperCommand):
+    """Lets a repeated option take several values at once: `--batch 1 64 256` for `--batch 1 --batch 64 --batch 256`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        spread: list[str] = []
+        name, is_first = "", False
+        for arg in args:
+            if arg.startswith("--"):
+                name, is_first = arg, True
+            elif name in repeated and not is_first:
+                spread.append(name)
+            else:
+                is_first = False
+            spread.append(arg)
+        return list(super().parse_args(ctx, spread))
+
+
+@app.command(cls=SpreadOptions)
 def decode(
     shape: Annotated[str, typer.Option(help="8b, 8b-2kv or 32b-2kv: sizes of the model; weights are random.")] = "8b",
-    context: Annotated[int, typer.Option(min=32, help="Tokens of KV cache of each sequence.")] = 8192,
+    context: Annotated[list[int], typer.Option(min=32, help="Tokens of KV cache of each sequence.")] = [8192],  # noqa: B006 - typer reads it
     setup: Annotated[
-        list[str], typer.Option(help="tp4, dp4, dp2tp2, tp4dcp2, or ours as t1p4 and t2p2; give it several times.")
-    ] = ["dp4", "tp4", "t1p4", "t2p2"],  # noqa: B006 - typer reads it
+        list[str],
+        typer.Option(help="tp4, dp4, dp2tp2, tp4dcp2, or ours as t1p4 and t2p2, also -serial and -piecewise."),
+    ] = ["dp4", "tp4", "t1p4", "t2p2"],  # noqa: B006
     batch: Annotated[list[int], typer.Option(min=1, help="Sequences at once, of all replicas together.")] = [256],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=32, help="Steps of each batch at each context.")] = 128,
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth of one GPU in TB/s, for the floor.")] = 4.8,
     output: Annotated[Path | None, typer.Option(help="JSON file that the rows are added to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG or PNG file, drawn of all that --output holds.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Folder for each engine's output.")] = Path("logs/bench"),
     trace: Annotated[
         bool, typer.Option("--trace", help="Chrome traces in --log-dir, and a table of where a step's time goes.")
     ] = False,
 ) -> None:
-    """Decode steps at full context: token parallelism against other uses of the same GPUs."""
-    from bench.decode import breakdowns, compare, environment, table
+    """Decode steps at full context: token parallelism against other uses of the same GPUs.
+
+    Options that can be given several times take several values, as in --batch 1 64 256. An engine starts once for all
+    of them.
+    """
+    from bench.decode import Measured, Plan, compare, differences, environment, table
     from bench.setups import Setup
 
+    if plot is not None and output is None:
+        raise typer.BadParameter("--plot draws what --output holds; give both")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib: pip install 'tknp[bench]'")
     known = json.loads(output.read_text()) if output is not None and output.exists() else {}
-    setups = [Setup.parse(name) for name in setup]
-    for rows in compare(shape, context, setups, batch, bandwidth * 1e12, log_dir, trace):
-        typer.echo(table(rows) + "\n")
+    setups = tuple(Setup.parse(name) for name in setup)
+    plan = Plan(shape, tuple(context), setups, tuple(batch), log_dir, bandwidth * 1e12, steps, trace)
+    measured = Measured()
+    for measured in compare(plan):
+        typer.echo(table(measured.rows) + "\n")
         if output is not None:  # after each setup, so that an interrupted run leaves what it had
             output.parent.mkdir(parents=True, exist_ok=True)
             record = {
                 "environment": environment(),
-                "rows": known.get("rows", []) + [vars(row) for row in rows],
-                "breakdowns": {**known.get("breakdowns", {}), **breakdowns(shape, context, setups, log_dir)},
+                "rows": known.get("rows", []) + [vars(row) for row in measured.rows],
+                "starts": {**known.get("starts", {}), **measured.starts},
+                "breakdowns": {**known.get("breakdowns", {}), **measured.breakdowns},
             }
             output.write_text(json.dumps(record, indent=1) + "\n")
+    typer.echo(differences(measured.rows))
+    for name, start in measured.starts.items():
+        ready = f", its KV workers after {start['kv_worker_seconds']}" if "kv_worker_seconds" in start else ""
+        typer.echo(f"{name}: ready after {start['engine_seconds']} s{ready}")
+    if plot is not None and output is not None:
+        from bench.plot import draw
+
+        try:
+            draw(json.loads(output.read_text())["rows"], plot)
+        except ValueError as error:
+            measured.refused.append(str(error))
+    for reason in measured.refused:
+        typer.echo(reason, err=True)
+    if measured.refused:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -17,45 +17,75 @@ from typing import Any
 from bench.breakdown import as_json, read, table
 from bench.shapes import SHAPES
 
-_WARM_UP_TOKENS, _TOKENS, _TRACED_STEPS = 8, 128, 12
+_WARM_UP_TOKENS, _TRACED_STEPS = 8, 12
 
 
 @dataclass(frozen=True)
 class EngineJob:
-    """One engine, several batch sizes."""
+    """One engine, several batch sizes and contexts.
+
+    Attributes:
+        without: see `Setup.without`.
+        num_tokens: of each sequence, and so the steps of a batch.
+        trace_dir: where each worker's Chrome trace of a few steps goes, of the batch and context with the most KV
+            cache; none if empty.
+    """
 
     shape: str
-    context: int
+    contexts: tuple[int, ...]
     tensor_parallel_size: int
     token_parallel_size: int
     batches: tuple[int, ...]
     decode_context_parallel_size: int = 1
     without: str = ""
-    """See `Setup.without`."""
+    num_tokens: int = 128
     trace_dir: str = ""
-    """Where each worker's Chrome trace of a few steps of the largest batch goes; none if empty."""
 
     def as_argument(self) -> str:
         return json.dumps(asdict(self))
 
+    @classmethod
+    def of_argument(cls, argument: str) -> EngineJob:
+        given = json.loads(argument)
+        return cls(**{**given, "contexts": tuple(given["contexts"]), "batches": tuple(given["batches"])})
+
 
 def main() -> None:
-    given = json.loads(sys.argv[1])
-    job = EngineJob(**{**given, "batches": tuple(given["batches"])})
-    llm = _start(job)
-    for batch in job.batches:
-        _intervals(llm, batch, job.context, _WARM_UP_TOKENS)
-        # Seconds between steps in which every request got a token.
-        result = {"batch": batch, "intervals": _intervals(llm, batch, job.context, _TOKENS)}
+    job = EngineJob.of_argument(sys.argv[1])
+
+    def write(result: dict[str, Any]) -> None:
         with Path(sys.argv[2]).open("a") as results:
             results.write(json.dumps(result) + "\n")
-    if job.trace_dir:
-        num_micro_batches = _trace(llm, job)
+
+    began = time.perf_counter()
+    llm = _start(job)
+    write({"start": {"engine_seconds": round(time.perf_counter() - began, 1), **_kv_worker_seconds(llm, job)}})
+    cells = _cells_that_fit(llm, job)
+    for context, batch in cells:
+        _intervals(llm, batch, context, _WARM_UP_TOKENS)
+        # Seconds between steps in which every request got a token.
+        write({"context": context, "batch": batch, "intervals": _intervals(llm, batch, context, job.num_tokens)})
+    if job.trace_dir and cells:
+        num_micro_batches = _trace(llm, job, *max(cells, key=lambda cell: cell[0] * cell[1]))
         traces = enumerate(sorted(Path(job.trace_dir).iterdir()))
         ranks = [read(trace, rank, SHAPES[job.shape].num_layers, num_micro_batches) for rank, trace in traces]
-        with Path(sys.argv[2]).open("a") as results:
-            results.write(json.dumps({"breakdown": as_json(ranks)}) + "\n")
+        write({"breakdown": as_json(ranks)})
         print(table(ranks))
+
+
+def _cells_that_fit(llm: Any, job: EngineJob) -> list[tuple[int, int]]:
+    """(context, batch) whose sequences all fit into the KV cache at once."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    room = cache.num_gpu_blocks * cache.block_size
+    return [(c, b) for c in job.contexts for b in job.batches if b * (c + job.num_tokens) <= room]
+
+
+def _kv_worker_seconds(llm: Any, job: EngineJob) -> dict[str, list[float]]:
+    """From the start of each KV worker's process until it was ready, less what it waited for the root."""
+    if job.token_parallel_size == 1:
+        return {}
+    ready = (worker.get("ready_seconds") for worker in llm.token_parallel_status())
+    return {"kv_worker_seconds": [round(seconds, 1) for seconds in ready if seconds is not None]}
 
 
 def _start(job: EngineJob) -> Any:
@@ -69,7 +99,7 @@ def _start(job: EngineJob) -> Any:
         decode_context_parallel_size=job.decode_context_parallel_size,
         token_parallel_size=job.token_parallel_size,
         overlap_from=0 if job.without else None,
-        max_model_len=job.context + 512,
+        max_model_len=max(job.contexts) + 512,
         max_num_seqs=max(job.batches),
         max_num_batched_tokens=16_384,
         gpu_memory_utilization=0.9,
@@ -96,11 +126,10 @@ def _start(job: EngineJob) -> Any:
     )
 
 
-def _trace(llm: Any, job: EngineJob) -> int:
+def _trace(llm: Any, job: EngineJob, context: int, batch: int) -> int:
     """Runs the batch once more and has a few steps traced in which every request gets a token; returns the number of
     micro-batches in such a step."""
-    batch = max(job.batches)
-    _add_requests(llm, batch, job.context, _TOKENS)
+    _add_requests(llm, batch, context, max(job.num_tokens, 4 * _TRACED_STEPS))
     full_steps, num_micro_batches = 0, 1
     while llm.llm_engine.has_unfinished_requests():
         if len(llm.llm_engine.step()) < batch:

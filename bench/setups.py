@@ -1,4 +1,5 @@
-"""How the GPUs of a comparison are used: `tp4`, `dp4`, `dp2tp2`, `tp4dcp2`, and ours, `t1p4` or `t2p2`.
+"""How the GPUs of a comparison are used: `tp4`, `dp4`, `dp2tp2`, `tp4dcp2`, and ours, `t1p4` or `t2p2`. `t1p1` is plain
+vLLM on one GPU.
 
 Ours with less: `t1p4-serial` has no overlapping micro-batches, `t1p4-piecewise` no FULL CUDA graphs either.
 """

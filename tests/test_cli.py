@@ -70,7 +70,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["router", "--ssl-keyfile", __file__], "--ssl-keyfile and --ssl-ca-certs need --ssl-certfile"),
         (["router", "--ssl-certfile", __file__], "can't be used"),
         (["router", "--allowed-engine-hosts", "10.0.0.0/99"], "--allowed-engine-hosts: a host is a name"),
-        (["make-model", "folder", "--shape", "gpt"], "--shape is one of gemma2, llama, not 'gpt'"),
+        (["make-model", "folder", "--shape", "gpt"], "--shape is one of gemma2, llama, mixtral, not 'gpt'"),
     ],
 )
 def test_wrong_use_ends_with_one_sentence(words: list[str], sentence: str) -> None:

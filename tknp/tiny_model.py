@@ -56,23 +56,27 @@ SHAPES = {
         initializer_range=0.02,
         extra=(("sliding_window", 64), ("query_pre_attn_scalar", 32), ("hidden_activation", "gelu_pytorch_tanh")),
     ),
+    # Mixture of experts: two of four for each token.
+    "mixtral": Shape("MixtralForCausalLM", "mixtral", extra=(("num_local_experts", 4), ("num_experts_per_tok", 2))),
 }
 
 
-def make_tiny_model(directory: Path, shape: str = "llama", seed: int = 0) -> Path:
+def make_tiny_model(directory: Path, shape: str | Shape = "llama", seed: int = 0) -> Path:
     """Writes the model called `shape` to `directory` and returns it; a directory that already holds one is kept.
 
     Raises:
         ValueError: `shape` is not one of `SHAPES`.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"unknown tiny model {shape!r}; choose one of {', '.join(sorted(SHAPES))}")
+    if isinstance(shape, str):
+        if shape not in SHAPES:
+            raise ValueError(f"unknown tiny model {shape!r}; choose one of {', '.join(sorted(SHAPES))}")
+        shape = SHAPES[shape]
     marker = directory / "model.safetensors"
     if marker.exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     vocab_size = _write_tokenizer(directory)
-    _write_weights(directory, SHAPES[shape], vocab_size, seed)
+    _write_weights(directory, shape, vocab_size, seed)
     return directory
 
 

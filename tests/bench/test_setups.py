@@ -17,11 +17,13 @@ from bench.shapes import SHAPES
         ("t1p4-serial", Setup("t1p4-serial", 1, 1, 4, without="serial")),
         ("t1p4-piecewise", Setup("t1p4-piecewise", 1, 1, 4, without="piecewise")),
         ("t2p2", Setup("t2p2", 1, 2, 2)),
+        ("t1p3", Setup("t1p3", 1, 1, 3)),
+        ("dp2", Setup("dp2", 2, 1, 1)),
     ],
 )
 def test_a_name_says_how_the_gpus_are_used(name: str, expected: Setup) -> None:
     assert Setup.parse(name) == expected
-    assert expected.num_gpus in (4,)
+    assert expected.num_gpus == {"t1p3": 3, "dp2": 2}.get(name, 4)
 
 
 @pytest.mark.parametrize("name", ["", "tp", "4", "tp4dp2", "t4", "p4t1", "tp-1", "dcp2", "tp4-serial", "t1p4-"])

@@ -47,11 +47,17 @@ def test_preemption_where_one_rank_is_full(models: Models, tmp_path: Path, plain
     assert any("TokenParallel" in name for name in result["classes"]), "the next test would not find a wrapper"
 
 
-def test_token_parallel_size_one_is_plain_vllm(models: Models, tmp_path: Path, plain_llama: Expected) -> None:
-    result, log = run_offline(models("llama"), tmp_path, token_parallel_size=1)
-    assert result is not None, log
-    assert result["tokens"] == plain_llama(expected.long_answers())
-    assert not [name for name in result["classes"] if "token_parallel" in name or "TokenParallel" in name]
+def test_experts_on_the_root_and_an_fp8_cache_on_every_rank(models: Models, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"model": models("mixtral"), "directory": tmp_path, "kv_cache_dtype": "fp8"}
+    plain, log = run_offline(**settings, token_parallel_size=1)
+    assert plain is not None, log
+    assert not [name for name in plain["classes"] if "token_parallel" in name or "TokenParallel" in name]
+    ours, log = run_offline(**settings, token_parallel_size=2)
+    assert ours is not None, log
+    assert ours["tokens"] == plain["tokens"]
+    root, kv_worker = ours["status"]
+    assert root["parameter_bytes"] > 10_000_000 and kv_worker["parameter_bytes"] < 1000, "a KV worker has no expert"
+    assert 0 < kv_worker["ready_seconds"] < 120
 
 
 def test_a_rank_too_small_for_the_longest_request_is_refused(models: Models, tmp_path: Path) -> None:

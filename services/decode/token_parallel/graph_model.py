@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
+from services.decode.token_parallel.all_reduce import AllReduceOfEach
 from services.decode.token_parallel.graphs import CapturedMetadata, Graphs
 
 
@@ -18,10 +20,14 @@ class GraphModel(nn.Module):
     a stream of its own: the root's device then has something to do while the rows of the other are away.
     """
 
-    def __init__(self, model: nn.Module, graphs: Graphs) -> None:
+    def __init__(self, model: nn.Module, graphs: Graphs, all_reduces: AllReduceOfEach | None = None) -> None:
+        """Args:
+        all_reduces: of a tensor-parallel root whose graphs may hold two micro-batches.
+        """
         super().__init__()
         self.model = model
         self._graphs = graphs
+        self._all_reduces = all_reduces
         self._side_stream = torch.cuda.Stream()
 
     def __getattr__(self, name: str) -> Any:
@@ -45,7 +51,8 @@ class GraphModel(nn.Module):
             if m:
                 # KV workers take the first micro-batch's rows first, so those must not queue behind the second's.
                 stream.wait_event(self._graphs.first_sent)
-            with torch.cuda.stream(stream), self._graphs.capturing(m):
+            reducing = nullcontext() if self._all_reduces is None else self._all_reduces.of(m)
+            with torch.cuda.stream(stream), self._graphs.capturing(m), reducing:
                 outputs.append(self.model(*args, **_rows(inputs, tables.order[m][: size // num_micro_batches])))
         if num_micro_batches > 1:
             main.wait_stream(self._side_stream)

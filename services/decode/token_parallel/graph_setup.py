@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.distributed.parallel_state import in_the_same_node_as
+from vllm.distributed.parallel_state import get_tp_group, get_world_group, in_the_same_node_as
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from services.decode.token_parallel.all_reduce import install, tell_of_no_overlap
 from services.decode.token_parallel.exchange import Exchange, SymmetricMemory
+from services.decode.token_parallel.graph_model import GraphModel
 from services.decode.token_parallel.graphs import Graphs
 from services.decode.token_parallel.micro_batch import GraphSizes, overlap_threshold
 from services.decode.token_parallel.options import TokenParallelOptions
@@ -29,13 +31,15 @@ def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device:
     mode = vllm_config.compilation_config.cudagraph_mode
     if not current_platform.is_cuda() or mode is None or mode.decode_mode() != CUDAGraphMode.FULL:
         return None
-    if not all(in_the_same_node_as(group.cpu_group, source_rank=0)):
+    # Of all groups: the T roots of an engine must agree, since they compute together.
+    world = get_world_group().cpu_group
+    if not all(in_the_same_node_as(world, source_rank=0)):
         logger.warning(
             "token parallelism: its ranks are on several machines, which share no memory, so rows travel over NCCL and "
             "decode steps replay no FULL CUDA graphs"
         )
         return None
-    if not _reach_one_another(group, device):
+    if not _reach_one_another(world, device):
         logger.warning(
             "token parallelism: not all of its GPUs can access one another's memory (nvidia-smi topo -p2p rw shows "
             "which), so rows travel over NCCL and decode steps replay no FULL CUDA graphs"
@@ -55,21 +59,63 @@ def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device:
 
 def _reach_one_another(group: Any, device: torch.device) -> bool:
     """Whether each device of the group can write to every other's memory; all ranks get the same answer."""
-    devices: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(devices, device.index, group=group.cpu_group)
+    size = torch.distributed.get_world_size(group)
+    devices: list[Any] = [None] * size
+    torch.distributed.all_gather_object(devices, device.index, group=group)
     others = [index for index in devices if index != device.index]
-    votes: list[Any] = [None] * group.world_size
+    votes: list[Any] = [None] * size
     mine = all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
-    torch.distributed.all_gather_object(votes, mine, group=group.cpu_group)
+    torch.distributed.all_gather_object(votes, mine, group=group)
     return all(votes)
 
 
-def overlap_from(vllm_config: Any, layers: Iterable[Any], parameters: Iterable[torch.Tensor]) -> int | None:
-    """On the root: rows from which decode steps run in two micro-batches; None for never."""
+def leave_out_fusion(vllm_config: Any) -> None:
+    """Before the workers start: switches off FlashInfer's all-reduce fused with RMS norm, whose workspace two
+    micro-batches can't share."""
+    passes = vllm_config.compilation_config.pass_config
+    if (
+        vllm_config.parallel_config.tensor_parallel_size > 1
+        and passes.fuse_allreduce_rms
+        and TokenParallelOptions.of(vllm_config).overlap_from != 0
+        and _shared_by_streams(vllm_config.model_config) is None
+    ):
+        passes.fuse_allreduce_rms = False
+        logger.info(
+            "token parallelism: all-reduces are not fused with RMS norm, so that two micro-batches can overlap; "
+            "--token-parallel-overlap-from 0 keeps the fusion"
+        )
+
+
+def make_graph_model(vllm_config: Any, model: Any, graphs: Graphs, layers: Mapping[str, Any]) -> GraphModel:
+    """On the root: the model for graphs of one micro-batch or, from `graphs.sizes.overlap_from` rows on, of two."""
+    overlap = _overlap_from(vllm_config, layers.values(), model.parameters())
+    if overlap is not None and (reason := _shared_by_streams(vllm_config.model_config)) is not None:
+        tell_of_no_overlap(reason)
+        overlap = None
+    all_reduces = None
+    if overlap is not None and vllm_config.parallel_config.tensor_parallel_size > 1:
+        all_reduces = install(vllm_config, get_tp_group(), graphs.exchange.max_rows)
+        overlap = overlap if all_reduces is not None else None
+    graphs.sizes = GraphSizes((), overlap)
+    return GraphModel(model, graphs, all_reduces)
+
+
+def _shared_by_streams(model_config: Any) -> str | None:
+    """What two micro-batches, each on a stream of its own, would both use in a model that is not dense and plain."""
+    if model_config.get_num_experts():
+        # model_executor/layers/fused_moe: shared experts fork to one auxiliary stream, and experts take their scratch
+        # memory from v1/worker/workspace.py.
+        return "experts keep scratch memory and a stream of their own, which two micro-batches can't share"
+    if model_config.quantization is not None:
+        return (
+            f"kernels of {model_config.quantization} weights may keep workspaces, which two micro-batches can't share"
+        )
+    return None
+
+
+def _overlap_from(vllm_config: Any, layers: Iterable[Any], parameters: Iterable[torch.Tensor]) -> int | None:
+    """Rows from which decode steps run in two micro-batches; None for never."""
     options = TokenParallelOptions.of(vllm_config)
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        # vLLM's all-reduce keeps one set of buffers, which two streams at once would share.
-        return None
     if options.overlap_from is not None:
         return options.overlap_from or None
     layouts = [RowLayout.of(layer) for layer in layers]

@@ -56,9 +56,7 @@ class Graphs:
         """
         self.exchange = exchange
         self.sizes = GraphSizes()
-        """Set once the root has captured its graphs."""
-        self.overlap_from: int | None = None
-        """Rows from which graphs hold two micro-batches."""
+        """Its sizes are known once the root has captured its graphs."""
         self.micro_batch = 0
         """The one whose layers are being captured."""
         self.first_sent = torch.cuda.Event() if torch.cuda.is_available() else None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_initialized, ensure_kv_transfer_shutdown
@@ -58,11 +62,23 @@ class KVWorker(KVPeerWorker, WorkerBase):
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
         )
         self._group, self.context = join_group(self.vllm_config, self.local_rank)
+        self._ready_seconds = time.time() - psutil.Process().create_time()
+
+    _ready_seconds = 0.0
+    """From the start of this process until it was ready for steps, less the time in which it waited for the root."""
+
+    @contextmanager
+    def _getting_ready(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._ready_seconds += time.perf_counter() - started
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        make_layers(self.vllm_config, self._group.broadcast_object(None, src=0), self.device)
-        layers = attention_layers(self.vllm_config)
-        self.context.graphs = make_graphs(self.vllm_config, self._group, layers, self.device)
+        specs = self._group.broadcast_object(None, src=0)  # once the root has loaded its weights
+        with self._getting_ready():
+            make_layers(self.vllm_config, specs, self.device)
+            layers = attention_layers(self.vllm_config)
+            self.context.graphs = make_graphs(self.vllm_config, self._group, layers, self.device)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         return {}  # the root's holds
@@ -85,6 +101,10 @@ class KVWorker(KVPeerWorker, WorkerBase):
         self.model_config.max_model_len = max_model_len
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
+        with self._getting_ready():
+            self._make_cache(kv_cache_config)
+
+    def _make_cache(self, kv_cache_config: Any) -> None:
         place = RankPlace(self.context.rank, kv_cache_config.token_parallel_partition)
         set_place(place)
         self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
@@ -122,7 +142,7 @@ class KVWorker(KVPeerWorker, WorkerBase):
             graphs.sizes = self._group.broadcast_object(None, src=0)
             max_model_len, dtype = self.model_config.max_model_len, self.model_config.dtype
             self._kv_graphs = KVGraphs(graphs, self._layers, self._attn_groups, max_model_len, dtype)
-            with set_forward_context(None, self.vllm_config):
+            with self._getting_ready(), set_forward_context(None, self.vllm_config):
                 self._kv_graphs.capture()
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
@@ -209,7 +229,8 @@ class KVWorker(KVPeerWorker, WorkerBase):
 
     def token_parallel_status(self) -> dict[str, Any]:
         """This worker's part of `GET /token_parallel`."""
-        return worker_status(self.context, self._layers, parameter_bytes(list(self._layers.values())))
+        status = worker_status(self.context, self._layers, parameter_bytes(list(self._layers.values())))
+        return {**status, "ready_seconds": self._ready_seconds}
 
     def token_parallel_blocks(self) -> dict[str, Any]:
         """Which local blocks were ever written, read from the cache itself, and which its requests ever owned."""

@@ -10,6 +10,10 @@ from typing import Any
 CONFIG_KEY = "token_parallel"
 
 
+TESTED_WEIGHTS = (None, "fp8", "compressed-tensors")
+"""vLLM's names of quantisation methods: tests/gpu and tests/e2e hold the tokens of these equal to plain vLLM's."""
+
+
 class UnsupportedConfigurationError(ValueError):
     """Token parallelism was asked for together with something that it does not cover."""
 
@@ -114,6 +118,7 @@ def _reasons(vllm_config: Any) -> dict[str, bool]:
             parallel.data_parallel_size > 1
         ),
         "several nodes (--nnodes > 1)": parallel.nnodes > 1,
+        "expert parallelism (--enable-expert-parallel)": bool(parallel.enable_expert_parallel),
         "elastic expert parallelism": bool(parallel.enable_elastic_ep),
         "micro-batching (--enable-dbo)": bool(parallel.enable_dbo),
         "--worker-extension-cls": bool(parallel.worker_extension_cls),
@@ -122,7 +127,10 @@ def _reasons(vllm_config: Any) -> dict[str, bool]:
         "multimodal models": bool(model.is_multimodal_model),
         "pooling models": model.runner_type == "pooling",
         "Mamba or linear attention": bool(model.is_hybrid or model.is_attention_free),
-        "multi-head latent attention (MLA)": bool(model.use_mla),
+        "multi-head latent attention (MLA), whose layers KV workers can't make yet": bool(model.use_mla),
+        f"{model.quantization} weights, of quantised ones only fp8 and compressed-tensors": (
+            model.quantization not in TESTED_WEIGHTS
+        ),
         "--max-model-len auto, which would be fitted to the sum of the ranks; give the number of tokens": (
             model.original_max_model_len == -1
         ),
@@ -131,7 +139,7 @@ def _reasons(vllm_config: Any) -> dict[str, bool]:
         "priority scheduling (--scheduling-policy priority)": scheduler.policy != "fcfs",
         "--kv-sharing-fast-prefill": bool(cache.kv_sharing_fast_prefill),
         "KV cache offloading (--kv-offloading-size)": bool(cache.kv_offloading_size),
-        "a quantised KV cache (--kv-cache-dtype) on GPUs": (
+        "a quantised KV cache (--kv-cache-dtype) on GPUs, whose queries are quantised before they travel": (
             cache.cache_dtype.startswith(("fp8", "int8", "nvfp4")) and vllm_config.device_config.device_type != "cpu"
         ),
         "host-resident sparse attention": vllm_config.attention_config.hisparse_config is not None,

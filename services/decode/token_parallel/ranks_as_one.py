@@ -21,6 +21,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from services.decode.token_parallel.engine_state import get_engine_state
+from services.decode.token_parallel.graph_setup import leave_out_fusion
 from services.decode.token_parallel.options import TokenParallelOptions, refuse_unsupported
 from services.decode.token_parallel.pace import root_work_in_blocks
 from tknp.common.partition import BlockPartition, get_partition, set_partition
@@ -34,6 +35,7 @@ class RanksAsOne(MultiprocExecutor):
     def _init_executor(self) -> None:
         refuse_unsupported(self.vllm_config)
         self._options = TokenParallelOptions.of(self.vllm_config)
+        leave_out_fusion(self.vllm_config)
         self._num_root_workers: int = self.parallel_config.world_size
         # Workers size their torch.distributed world, and vLLM its queues, by this; the engine core reads it no more.
         self.parallel_config.world_size = self._num_root_workers * self._options.size

@@ -10,12 +10,10 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from services.decode.token_parallel.batch import Batch, max_blocks
 from services.decode.token_parallel.context import TokenParallelContext
-from services.decode.token_parallel.graph_model import GraphModel
-from services.decode.token_parallel.graph_setup import captured_sizes, make_graphs, overlap_from
+from services.decode.token_parallel.graph_setup import captured_sizes, make_graph_model, make_graphs
 from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
-from services.decode.token_parallel.micro_batch import GraphSizes
 from services.decode.token_parallel.pace import seconds_of
 from services.decode.token_parallel.status import block_report, worker_status
 from services.kv_peers import KVPeerWorker
@@ -52,10 +50,7 @@ class RootWorker(KVPeerWorker, PlatformWorker):
         layers = attention_layers(self.vllm_config)
         graphs = self.context.graphs = make_graphs(self.vllm_config, self._group, layers, self.device)
         if graphs is not None:
-            model = self.model_runner.model
-            self._overlap_from = overlap_from(self.vllm_config, layers.values(), model.parameters())
-            graphs.sizes = GraphSizes((), self._overlap_from)
-            self.model_runner.model = GraphModel(model, graphs)
+            self.model_runner.model = make_graph_model(self.vllm_config, self.model_runner.model, graphs, layers)
 
     def determine_available_memory(self) -> int:
         if self.context.graphs is not None:
@@ -113,12 +108,12 @@ class RootWorker(KVPeerWorker, PlatformWorker):
         finally:
             self._warming_up = False
         if self.context.graphs is not None:
-            sizes = captured_sizes(self.model_runner.cudagraph_manager, self._overlap_from)
-            self.context.graphs.sizes = self._group.broadcast_object(sizes, src=0)
+            graphs = self.context.graphs
+            sizes = captured_sizes(self.model_runner.cudagraph_manager, graphs.sizes.overlap_from)
+            graphs.sizes = self._group.broadcast_object(sizes, src=0)
         return times
 
     _warming_up = False
-    _overlap_from: int | None = None
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._warming_up:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from vllm.config import CUDAGraphMode
+from vllm.config.compilation import PassConfig
+from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
+from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
@@ -65,3 +69,19 @@ def test_graphs_are_captured_before_the_scheduler_is_made() -> None:
     path = "v1/engine/core.py"
     require(any(calls(path, "compile_or_warm_up_model")), "when the engine core warms up", "TokenParallelExecutor")
     require(not parameters(Executor.compile_or_warm_up_model), "compile_or_warm_up_model", "TokenParallelExecutor")
+
+
+def test_a_second_custom_all_reduce_can_stand_beside_vllm_s_own() -> None:
+    options = {"max_size", "max_all_gather_size", "max_mnnvl_all_gather_size", "max_reduce_scatter_size"}
+    options |= {"max_mnnvl_reduce_scatter_size", "register_graph_buffers", "group", "device"}
+    require(options <= set(parameters(CustomAllreduce.__init__)), "CustomAllreduce's options", "all_reduce._second")
+    reduce = source(CudaCommunicator.all_reduce)
+    require("ca_comm = self.ca_comm if (" in reduce, "where vLLM looks for it", "all_reduce.AllReduceOfEach")
+    require("and ca_comm.should_custom_ar(input_)" in reduce, "what vLLM asks it", "all_reduce.AllReduceOfEach")
+    before = reduce.split("ca_comm = self.ca_comm")[0].split("self.")
+    asked = {name.split()[0].split(".")[0].rstrip(",)") for name in before[1:]}
+    known = {"fi_ar_comm", "pynccl_comm", "qr_comm", "fi_pcie_ipc_ar_comm", "use_aiter_allreduce", "aiter_ar_comm"}
+    require(asked == known, f"what comes before the custom all-reduce: {sorted(asked)}", "all_reduce.install")
+    capture = source(GroupCoordinator.graph_capture)
+    require("maybe_ca_context = ca_comm.capture()" in capture, "how captures are bracketed", "AllReduceOfEach.capture")
+    require("fuse_allreduce_rms" in PassConfig.__dataclass_fields__, "the fusion's name", "all_reduce")

@@ -10,6 +10,7 @@ from vllm.config import KVTransferConfig
 
 from services.decode.token_parallel.engine_args import engine_args
 from services.decode.token_parallel.options import (
+    TESTED_WEIGHTS,
     Nodes,
     TokenParallelOptions,
     UnsupportedConfigurationError,
@@ -49,6 +50,7 @@ def test_what_tknp_decode_starts_by_default_is_supported(supported: Any) -> None
         ("parallel_config.pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("parallel_config.data_parallel_size", 2, "--data-parallel-size"),
         ("parallel_config.nnodes", 2, "--nnodes"),
+        ("parallel_config.enable_expert_parallel", True, "--enable-expert-parallel"),
         ("parallel_config.enable_elastic_ep", True, "elastic expert parallelism"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),
         ("model_config.enable_sleep_mode", True, "sleep mode"),
@@ -84,7 +86,12 @@ def test_models_that_are_refused(supported: Any, attribute: str, named: str) -> 
     names = ("is_encoder_decoder", "is_multimodal_model", "is_hybrid", "is_attention_free", "use_mla")
     answers: dict[str, Any] = {name: getattr(supported.model_config, name) for name in names}
     model = SimpleNamespace(
-        enable_sleep_mode=False, runner_type="generate", rswa_window=None, original_max_model_len=512, **answers
+        enable_sleep_mode=False,
+        runner_type="generate",
+        rswa_window=None,
+        original_max_model_len=512,
+        quantization=None,
+        **answers,
     )
     refuse_unsupported(changed(supported, "model_config", model))
     setattr(model, attribute, 64)
@@ -154,8 +161,18 @@ def test_vllm_finds_every_class_that_the_arguments_name(supported: Any) -> None:
 def test_a_quantised_kv_cache_is_refused_on_gpus_alone(supported: Any) -> None:
     quantised = changed(supported, "cache_config.cache_dtype", "fp8")
     refuse_unsupported(quantised)
-    with pytest.raises(UnsupportedConfigurationError, match="--kv-cache-dtype"):
+    with pytest.raises(UnsupportedConfigurationError, match=r"--kv-cache-dtype.*quantised before they travel"):
         refuse_unsupported(changed(quantised, "device_config", SimpleNamespace(device_type="cuda")))
+
+
+@pytest.mark.parametrize("method", [None, "fp8", "compressed-tensors", "gguf", "bitsandbytes", "modelopt_fp4"])
+def test_quantised_weights_are_taken_where_their_tokens_are_tested(supported: Any, method: str | None) -> None:
+    config = changed(supported, "model_config.quantization", method)
+    if method in TESTED_WEIGHTS:
+        refuse_unsupported(config)
+    else:
+        with pytest.raises(UnsupportedConfigurationError, match=f"{method} weights"):
+            refuse_unsupported(config)
 
 
 def test_nodes_travel_in_the_configuration(llama: Path) -> None:

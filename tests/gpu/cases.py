@@ -1,0 +1,57 @@
+"""What is compared with plain vLLM on GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tests.gpu.engine import EngineSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ours, the plain vLLM that it must equal, and plain vLLM once more with other chunks (compare.verdict)."""
+
+    ours: EngineSpec
+    plain: EngineSpec
+    overlaps: bool = False
+
+    @property
+    def control(self) -> EngineSpec:
+        return replace(self.plain, name=f"{self.plain.name}-control", chunk=96)
+
+    @property
+    def engines(self) -> tuple[EngineSpec, ...]:
+        return (self.plain, self.control, self.ours)
+
+    @property
+    def num_gpus(self) -> int:
+        return max(engine.num_gpus for engine in self.engines)
+
+
+_TP1 = EngineSpec("tp1")
+_TP2 = EngineSpec("tp2", tensor_parallel_size=2)
+_FLOAT = EngineSpec("float32", dtype="float32", attention="TRITON_ATTN")
+_GEMMA = EngineSpec("gemma2", model="gemma2")
+_MOE = EngineSpec("mixtral", model="mixtral")
+_FP8 = EngineSpec("fp8-weights", weights="fp8")
+_W4A16 = EngineSpec("w4a16", model="llama-w4a16")
+
+
+def _ours(plain: EngineSpec, name: str, ranks: int = 2, roots: int = 1, without: str = "") -> EngineSpec:
+    return replace(plain, name=name, token_parallel_size=ranks, tensor_parallel_size=roots, without=without)
+
+
+CASES = [
+    Case(_ours(_TP1, "t1p2"), _TP1, overlaps=True),
+    Case(_ours(_TP1, "t1p2-serial", without="serial"), _TP1),
+    Case(_ours(_TP1, "t1p2-piecewise", without="piecewise"), _TP1),
+    Case(_ours(_FLOAT, "t1p2-float32"), _FLOAT, overlaps=True),
+    Case(_ours(_GEMMA, "t1p2-gemma2"), _GEMMA, overlaps=True),
+    Case(_ours(_MOE, "t1p2-mixtral"), _MOE),
+    Case(_ours(_FP8, "t1p2-fp8-weights"), _FP8),
+    Case(_ours(_W4A16, "t1p2-w4a16"), _W4A16),
+    Case(_ours(_TP1, "t1p4", ranks=4), _TP1, overlaps=True),
+    Case(_ours(_TP2, "t2p2", roots=2), _TP2, overlaps=True),
+    Case(_ours(_TP2, "t2p2-serial", roots=2, without="serial"), _TP2),
+    Case(_ours(_FLOAT, "t2p2-float32", roots=2), _FLOAT, overlaps=True),
+]

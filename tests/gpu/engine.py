@@ -1,0 +1,126 @@
+"""One engine answers the prompts: `python -m tests.gpu.engine '<json of EngineSpec>' MODEL OUT.json`."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+NUM_PROMPTS, NUM_TOKENS = 40, 64
+_SHARED, _MAX_MODEL_LEN, _BLOCKS_OF_RANK = 160, 512, 70
+_SIZES = [1, 2, 4, 8, 16, 24, 32, 40, 48, 64]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One way to run a model.
+
+    Attributes:
+        without: `serial` for no micro-batches, `piecewise` for no FULL CUDA graphs either.
+        chunk: tokens of prompts, at most, in a step.
+        attention: vLLM's backend; None leaves the choice to it.
+        weights: quantisation that vLLM does when it loads.
+    """
+
+    name: str
+    model: str = "llama"
+    tensor_parallel_size: int = 1
+    token_parallel_size: int = 1
+    without: str = ""
+    dtype: str = "bfloat16"
+    attention: str | None = None
+    weights: str | None = None
+    chunk: int = 128
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tensor_parallel_size * self.token_parallel_size
+
+    def as_argument(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def prompts() -> list[list[int]]:
+    """Every fifth begins with the same tokens; many are longer than a chunk."""
+    rng = random.Random(1)
+    shared = rng.choices(range(5, 350), k=_SHARED)
+    drawn = [rng.choices(range(5, 350), k=rng.randint(3, 300)) for _ in range(NUM_PROMPTS)]
+    return [shared + drawn[i][:100] if i % 5 == 0 else drawn[i] for i in range(NUM_PROMPTS)]
+
+
+def main() -> None:
+    spec = EngineSpec(**json.loads(sys.argv[1]))
+    llm = _start(spec, sys.argv[2])
+    rounds, most_micro_batches = [], 0
+    for _ in range(2):  # the second one finds prefixes in the cache
+        answers, micro_batches = _answers(llm, spec)
+        rounds += answers
+        most_micro_batches = max(most_micro_batches, micro_batches)
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    result = {
+        "answers": rounds,
+        "preemptions": counts["vllm:num_preemptions"],
+        "prefix_hits": counts["vllm:prefix_cache_hits"],
+        "most_micro_batches": most_micro_batches,
+    }
+    Path(sys.argv[3]).write_text(json.dumps(result))
+
+
+def _start(spec: EngineSpec, model: str) -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from services.decode.token_parallel.llm import TokenParallelLLM
+
+    ranks = spec.token_parallel_size
+    graphs: dict[str, Any] = {"cudagraph_capture_sizes": _SIZES}
+    if spec.without == "piecewise":
+        graphs["cudagraph_mode"] = "PIECEWISE"
+    return TokenParallelLLM(
+        model,
+        dtype=spec.dtype,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        token_parallel_size=ranks,
+        # So few that requests are preempted; the reference has room for all of them.
+        blocks_per_rank=[_BLOCKS_OF_RANK] * ranks if ranks > 1 else None,
+        overlap_from=0 if spec.without else 4,
+        attention_backend=AttentionBackendEnum[spec.attention] if spec.attention else None,
+        quantization=spec.weights,
+        max_model_len=_MAX_MODEL_LEN,
+        max_num_seqs=_SIZES[-1],
+        max_num_batched_tokens=spec.chunk,
+        block_size=16,
+        # Fixed, because engines that share a GPU would measure one another's memory.
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=1 << 30,
+        compilation_config=graphs,
+        enable_prefix_caching=True,
+        logprobs_mode="raw_logits",
+        disable_log_stats=False,
+    )
+
+
+def _answers(llm: Any, spec: EngineSpec) -> tuple[list[dict[str, Any]], int]:
+    """All prompts at once: tokens and logits of each, and the most micro-batches of a step that was looked at."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=5, detokenize=False)
+    for number, prompt in enumerate(prompts()):
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    finished, steps, most = {}, 0, 0
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                choice = output.outputs[0]
+                logits = [{token: of.logprob for token, of in best.items()} for best in choice.logprobs]
+                finished[int(output.request_id)] = {"tokens": list(choice.token_ids), "logits": logits}
+        steps += 1
+        if spec.token_parallel_size > 1 and steps % 8 == 0:
+            most = max(most, llm.token_parallel_status()[0]["num_micro_batches"])
+    return [finished[number] for number in range(NUM_PROMPTS)], most
+
+
+if __name__ == "__main__":
+    main()
