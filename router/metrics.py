@@ -6,6 +6,7 @@ enum.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from itertools import product
 from typing import TYPE_CHECKING
@@ -146,9 +147,10 @@ class RouterMetrics:
 class StateCollector(Collector):
     """Gauges that are read from the state itself at each scrape, and so can't drift from it."""
 
-    def __init__(self, pool: EnginePool, records: RecordStore) -> None:
+    def __init__(self, pool: EnginePool, records: RecordStore, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
         self._records = records
+        self._loop = loop  # a scrape runs on a thread
 
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily(
@@ -173,4 +175,6 @@ class StateCollector(Collector):
                 counts[phase] += 1
         for phase, count in counts.items():
             in_flight.add_metric([phase], count)
-        yield from (up, outstanding, in_flight)
+        num_tasks = len(asyncio.all_tasks(self._loop))
+        tasks = GaugeMetricFamily("tknp_event_loop_tasks", "Tasks of the router's event loop.", value=num_tasks)
+        yield from (up, outstanding, in_flight, tasks)
