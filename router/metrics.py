@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from router.lifetime import IN_FLIGHT, Moment, Phase
 from router.loop_histogram import LoopHistogram
-from router.types import Api, LeaseEnd, LocalPrefill, Outcome, Role, Task
+from router.types import Api, LeaseEnd, LocalPrefill, NoContinuation, Outcome, Role, Task
 
 if TYPE_CHECKING:
     from router.engines import Engine, EnginePool
@@ -96,6 +96,13 @@ class RouterMetrics:
             "Streams that another engine went on with after theirs died.",
             registry=registry,
         )
+        broken = Counter(
+            "tknp_stream_continuations_refused",
+            "Streams whose engine died and that no other could go on with, and why.",
+            ["reason"],
+            registry=registry,
+        )
+        self._broken = {reason: broken.labels(reason) for reason in NoContinuation}
         leases = Counter(
             "tknp_kv_leases",
             "KV cache that prefill engines kept in vain, by what became of it.",
@@ -125,6 +132,9 @@ class RouterMetrics:
 
     def continued(self) -> None:
         self._continuations.inc()
+
+    def not_continued(self, reason: NoContinuation) -> None:
+        self._broken[reason].inc()
 
     def lease_ended(self, end: LeaseEnd) -> None:
         self._leases[end].inc()
