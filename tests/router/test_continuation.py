@@ -17,8 +17,8 @@ from router.types import Api
 from router.validation import parse_request
 from tests.router.conftest import Stack, StartStack
 from tests.router.generating_engine import answer_of, decode, events_of, generate, prompt_ids
-from tests.router.running import wait_for
-from tests.router.scripted_engine import KV_PARAMS, ScriptedEngine, Seen
+from tests.router.running import WAIT, wait_for
+from tests.router.scripted_engine import KV_PARAMS, ScriptedEngine, Seen, stall
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -276,6 +276,15 @@ def test_why_a_stream_is_not_continued_is_told(start_stack: StartStack) -> None:
     logged = stack.router.record(answer)["error"]
     assert "depend on the answer's beginning" in logged
     assert "the_client_s_word" not in logged
+
+
+def test_a_client_that_hangs_up_while_its_stream_changes_engines(start_stack: StartStack) -> None:
+    stack = two_engines(start_stack, 3)
+    stack.decode[1].behaviour = stall
+    with stack.router.open_stream(max_tokens=12):
+        wait_for(lambda: stack.decode[1].seen)
+    assert stack.decode[1].seen[0].cancelled.wait(WAIT)
+    wait_for(stack.router.is_idle)
 
 
 def test_it_can_be_switched_off(start_stack: StartStack) -> None:
