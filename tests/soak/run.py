@@ -38,7 +38,7 @@ class Tally:
     faults: list[str] = field(default_factory=list)
     troubles: dict[str, list[str]] = field(default_factory=dict)
     error_messages: Counter[str] = field(default_factory=Counter)
-    answers: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the longest so far, by prompt
+    answers: dict[str, Seen] = field(default_factory=dict)  # the longest so far, by prompt
     num_compared: int = 0
 
     def add(self, job: Job, seen: Seen) -> None:
@@ -49,23 +49,24 @@ class Tally:
         elif seen.end is End.ERROR:
             self.error_messages[seen.detail[:400]] += 1
         elif seen.end is End.ANSWERED and job.prompt is not None:
-            self._compare(job, seen.token_ids)
+            self._compare(job, seen)
 
-    def _compare(self, job: Job, token_ids: tuple[int, ...]) -> None:
+    def _compare(self, job: Job, seen: Seen) -> None:
         """Greedy answers to one prompt differ in length alone."""
         assert job.prompt is not None
-        known = self.answers.get(job.prompt)
-        if known is None:
-            self.answers[job.prompt] = token_ids
+        known = self.answers.setdefault(job.prompt, seen)
+        if known is seen:
             return
         self.num_compared += 1
-        shared = min(len(known), len(token_ids))
-        if known[:shared] != token_ids[:shared]:
-            self.trouble(
-                "different tokens", f"{job.id}: {token_ids[:shared]} where another request got {known[:shared]}"
-            )
-        elif len(token_ids) > len(known):
-            self.answers[job.prompt] = token_ids
+        for mine, theirs in ((seen.token_ids, known.token_ids), (seen.text, known.text)):
+            shared = min(len(mine), len(theirs))
+            if mine[:shared] != theirs[:shared]:
+                self.trouble(
+                    "different tokens", f"{job.id}: {mine[:shared]} where another request got {theirs[:shared]}"
+                )
+                return
+        if len(seen.token_ids) > len(known.token_ids):
+            self.answers[job.prompt] = seen
 
     def trouble(self, kind: str, what: str) -> None:
         self.troubles.setdefault(kind, []).append(what)
