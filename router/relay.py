@@ -182,4 +182,5 @@ class StreamRelay:
 
 
 def _is_empty(events: bytes) -> bool:
-    return len(events) <= MAX_HELD_BYTES and len(EMPTY.findall(events)) == events.count(b"data: ")
+    num_empty = len(EMPTY.findall(events)) if len(events) <= MAX_HELD_BYTES else 0
+    return num_empty > 0 and num_empty == events.count(b"data:")
