@@ -195,18 +195,19 @@ class Transcript:
         if sent and not num_held:
             return ids, None
         window = _TOKENS_PER_CHARACTER * num_held + _MARGIN
-        before = () if is_included else prompt_ids[-window:]
         # What the client has seen of tokens can be generated again only where no chance is in it.
         can_drop = not self._shows_tokens or self._request.body.get("temperature") == 0
         for num_dropped in range(min(_MAX_DROPPED, len(ids)) + 1 if can_drop else 1):
             kept = ids[: len(ids) - num_dropped]
-            text = await decode([*before, *kept[-window:]][-window:])
+            text = await decode([*prompt_ids[-window:], *kept[-window:]][-window:])
             if not text.endswith("\ufffd"):
                 break
         else:
             raise CantContinue(NoContinuation.TEXT)
         if not num_held:
             return kept, None
+        if is_included:  # nothing was held back, so it may be shorter than what is looked at
+            text = await decode(kept[-window:])
         # vLLM holds back as much as it may once something was sent, and what was sent must fit to that.
         if not self._has_begun or not (text if is_included else text[:-num_held]).endswith(sent[-_MARGIN // 2 :]):
             raise CantContinue(NoContinuation.TEXT)

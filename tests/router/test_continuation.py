@@ -16,7 +16,7 @@ from router.stream_fields import CantContinue
 from router.types import Api
 from router.validation import parse_request
 from tests.router.conftest import Stack, StartStack
-from tests.router.generating_engine import answer_of, decode, events_of, generate, prompt_ids
+from tests.router.generating_engine import EURO, answer_of, decode, events_of, generate, prompt_ids
 from tests.router.running import WAIT, wait_for
 from tests.router.scripted_engine import KV_PARAMS, ScriptedEngine, Seen, stall
 
@@ -68,6 +68,7 @@ CONTINUED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"logprobs": 2}),
     (COMPLETIONS, {"prompt": "é", "max_tokens": 30}),  # every third token or so begins a character of three
     (COMPLETIONS, {"prompt": "é", "max_tokens": 30, "temperature": 0, "logprobs": 1, "return_token_ids": True}),
+    (COMPLETIONS, {"prompt": [ord("é"), EURO[0]], "max_tokens": 30, "include_stop_str_in_output": True}),
     (COMPLETIONS, {"prompt": ["é"], "max_tokens": 40, "stop": "xyz", "stream_options": USAGE}),
     (COMPLETIONS, {"max_tokens": 30, **STOPS}),
     (COMPLETIONS, {"repetition_penalty": 1.1, "cache_salt": "s", "response_format": {"type": "text"}}),
