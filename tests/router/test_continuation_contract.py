@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,10 @@ import orjson
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from router.continued import StopText
+from router.continued import Before, Continued, StopText
 from router.relay import EMPTY
+from router.types import Api
+from router.validation import parse_request
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -22,8 +25,11 @@ with warnings.catch_warnings():
         ChatCompletionResponseStreamChoice,
         ChatCompletionStreamResponse,
     )
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice, CompletionStreamResponse
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, DetokenizeResponse
+    from vllm.logprobs import Logprob
     from vllm.model_executor.layers.utils import apply_penalties
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
@@ -81,6 +87,27 @@ def test_repetition_asks_whether_a_token_was_there_and_presence_whether_it_was_i
 
     assert torch.equal(penalized([1], [2, 2, 3], 0.0, 1.5), penalized([1, 2, 2], [3], 0.0, 1.5))
     assert not torch.equal(penalized([1], [2, 2, 3], 0.5, 1.0), penalized([1, 2, 2], [3], 0.5, 1.0))
+
+
+@pytest.mark.parametrize("num_top", [None, 0, 1, 2])
+def test_logprobs_of_the_completions_api_have_all_that_chat_s_have(num_top: int | None) -> None:
+    """vLLM has the sampled token first, then the most likely ones; the same may be among these."""
+    tops = [
+        {1: Logprob(-0.5, 1, "a"), 2: Logprob(-1.5, 2, "é")},
+        {3: Logprob(-4.0, 9, "\ufffd"), 2: Logprob(-0.5, 1, "é")},
+    ]
+    chat: Any = SimpleNamespace(return_tokens_as_token_ids=False)
+    chat._get_decoded_token = OpenAIServingChat._get_decoded_token
+    chat._get_top_logprobs = partial(OpenAIServingChat._get_top_logprobs, chat)
+    wanted = OpenAIServingChat._create_chat_logprobs(chat, [1, 3], tops, None, num_top).model_dump()["content"]
+    completion = OpenAIServingCompletion._create_completion_logprobs(chat, [1, 3], tops, num_top or 0, None)
+    choice = {"index": 0, "text": "x", "logprobs": completion.model_dump(), "finish_reason": None, "token_ids": [1, 3]}
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": num_top, "stream": True}
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+    request = parse_request(Api.CHAT, orjson.dumps(body), "r")
+    continued = Continued(request, Before({}, 0, [], 0, None), None)
+    dressed, _ = continued.dress(b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n")
+    assert orjson.loads(dressed[6:])["choices"][0]["logprobs"]["content"] == wanted
 
 
 class Letters(BaseIncrementalDetokenizer):  # type: ignore[misc]
