@@ -2,130 +2,107 @@
 
 While a stream runs, the engine is asked for the ids of its tokens; they are kept, a few bytes each, and taken out of
 what the client gets. When the engine dies, another one gets a completion of prompt + tokens so far, in ids, so that the
-rest is what the first one would have generated. Its chunks are then dressed as the stream that they continue.
+rest is what the first one would have generated. Its chunks are then dressed as the stream that they continue
+(router/continued.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from router.types import Api, GenerationRequest, JsonObject
+from router.continued import Before, Continued, StopText
+from router.stream_fields import CantContinue, check_fields, for_the_rest, stop_strings
+from router.types import Api, GenerationRequest, JsonObject, NoContinuation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
-# What the prompt's ids depend on, and what only the chat API knows.
-_TEMPLATE = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
-_PROMPT = ("prompt", "add_special_tokens")
-_CHAT_ONLY = ("max_completion_tokens", "metadata", "store", "service_tier")
-
-# Fields that mean the same for prompt + tokens so far as for the prompt. Any other, known or not, rules a continuation
-# out: `stop`, because the engine holds text back that may be the beginning of one; penalties, because they tell the
-# answer's tokens from the prompt's; logprobs, `echo`, tools and structured output, because they depend on where the
-# answer began.
-_NEUTRAL = frozenset(
-    (
-        *(*_TEMPLATE, *_PROMPT, *_CHAT_ONLY, "model", "stream", "stream_options", "user", "max_tokens", "min_tokens"),
-        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids"),
-        *("ignore_eos", "stop_token_ids", "skip_special_tokens", "spaces_between_special_tokens"),
-        *("return_token_ids", "priority"),
-    )
-)
 _COMPLETION_TOKENS = 16  # what vLLM's completions API generates at most when nobody says
 
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
 _SPECIAL = b'"reasoning'  # a reasoning parser's field, or such a word in quotes
-_CHOICE, _ROLE = b'"choices":[{', b'"role":'
+_CHOICE, _ROLE, _CHOICES = b'"choices":[{', b'"role":', b',"choices":'
 _REASONING = (b'"reasoning":', b'"reasoning_content":')
+_DONE = b"data: [DONE]\n\n"
+
+# A window of tokens whose text is looked at: a character has at most four (byte-level BPE), and the first of them may
+# be the rest of one.
+_TOKENS_PER_CHARACTER, _MARGIN = 4, 16
+_MAX_DROPPED = 8  # tokens of a character that is not whole; a character of UTF-8 lacks three at most
 
 
-def can_continue(request: GenerationRequest) -> bool:
-    """Whether another engine could go on with the answer as if it had begun it."""
-    if not request.stream or request.api not in (Api.COMPLETIONS, Api.CHAT):
-        return False
-    body = request.body
-    prompt = body.get("prompt")
-    is_one = request.api is Api.CHAT or isinstance(prompt, str) or (isinstance(prompt, list) and type(prompt[0]) is int)
-    # A generator's state dies with the engine; without randomness there is none.
-    is_reproducible = body.get("seed") is None or body.get("temperature") == 0
-    has_logprobs = body.get("logprobs") is not None and body["logprobs"] is not False  # 0 asks for the sampled token's
-    ruled_out = {name for name, value in body.items() if value and name not in _NEUTRAL}
-    ruled_out -= {"seed"}
-    if request.num_choices == 1:
-        ruled_out.discard("n")
-    return is_one and is_reproducible and not has_logprobs and not ruled_out
+class AnswerEnded(Exception):
+    """The client has all of its answer, and the engine goes on: a stop string began on an engine before it."""
 
 
 class Transcript:
     """The tokens of one answer that the client has been sent."""
 
     def __init__(self, request: GenerationRequest) -> None:
+        """Raises CantContinue if another engine could not go on with the answer as if it had begun it."""
+        check_fields(request)
         self._request = request
+        self._is_chat = request.api is Api.CHAT
+        self._text_mark = b'"content":"' if self._is_chat else b'"text":"'
         self._wants_ids = bool(request.body.get("return_token_ids"))
+        self._shows_tokens = self._wants_ids or request.body.get("logprobs") not in (None, False)
         self._ids = bytearray()
-        self._is_under_way = False  # its first events are noted, and it is no continuation
-        self._first = b""  # event; all of a stream have its id and its time
-        self._is_text = True  # and its tokens are known; a reasoning parser's state can't be handed over
-        self._common: JsonObject | None = None  # set once this stream is a continuation
-        self._num_before = 0  # tokens that engines before the present one generated
+        self._last = b""  # what the client was sent last
+        self._head = b""  # of all events: their id, their time
+        self._prompt = 0, 0  # its number of tokens, and the hash of their ids
+        self._has_ids = True
+        self._has_begun = False  # the client was sent text, and what comes now is no parser's
+        self._is_under_way = False  # it has, and this is no continuation
+        self._continued: Continued | None = None
+        self.num_cached: int | None = None  # tokens of the prompt that the first prefill engine had, if it said so
 
     def take(self, events: bytes) -> bytes:
-        """Notes the tokens in an engine's events, which are whole; returns what the client gets for them."""
+        """Notes the tokens in an engine's events, which are whole; returns what the client gets for them.
+
+        Raises AnswerEnded if that is nothing any more.
+        """
         begin = events.find(_IDS) + len(_IDS)
         is_plain = begin > len(_IDS) and events.find(b"\n\n") == len(events) - 2 and _SPECIAL not in events
         if is_plain and self._is_under_way and (end := events.find(b"]", begin)) > begin:
             self._ids += events[begin:end] + b","  # one event, as nearly all: the same as below, in fewer steps
-            return b"%bnull%b" % (events[: begin - 1], events[end + 1 :])
-        events = self._take_any(events)
-        self._is_under_way = self._common is None and not self._wants_ids
-        return events
+            self._last = events = b"%bnull%b" % (events[: begin - 1], events[end + 1 :])
+            return events
+        if self._continued is None:
+            self._last = self._take_any(events)
+            self._is_under_way = self._has_begun and not self._wants_ids
+        else:
+            if self._continued.is_over:
+                raise AnswerEnded
+            dressed, ids = self._continued.dress(events)
+            self._ids += b"".join(b"%d," % token for token in ids)
+            self._last = dressed + self._end_of(orjson.loads(self._head)) if self._continued.is_over else dressed
+        return self._last
 
     def _take_any(self, events: bytes) -> bytes:
-        if not self._first:
-            self._first = events.split(b"\n", 1)[0]
-        if self._is_text and (_REASONING[0] in events or _REASONING[1] in events):
-            self._is_text = False
+        if not self._head:
+            head, choices, _ = events.partition(_CHOICES)
+            self._head = head.removeprefix(b"data: ") + b"}" if choices else b"{}"
+        # A reasoning parser's state can't be handed over; once the answer itself has begun it has none.
+        if self._is_chat and (_REASONING[0] in events or _REASONING[1] in events):
+            self._has_begun = False
+        elif events.count(self._text_mark) > events.count(self._text_mark + b'"'):
+            self._has_begun = True
         # Chat's first chunk, with the role, has no token. An engine that does not tell ids can't be continued.
         if events.count(_CHOICE) - events.count(_ROLE) > events.count(_IDS):
-            self._is_text = False
+            self._has_ids = False
         events = self._cut(events, _IDS, self._ids)
         if _PROMPT_IDS in events:
-            events = self._cut(events, _PROMPT_IDS, None)
-        return events if self._common is None else b"".join(map(self._dress, events.splitlines(keepends=True)))
+            prompt = bytearray()
+            events = self._cut(events, _PROMPT_IDS, prompt)
+            self._prompt = prompt.count(b","), hash(bytes(prompt))
+        return events
 
-    def remaining(self, prompt_ids: Sequence[int], context: int) -> GenerationRequest | None:
-        """A completion of what is missing; None if nothing is, or if it can't be told.
-
-        Args:
-            prompt_ids: the client's prompt, in tokens.
-            context: tokens that the model's context holds.
-        """
-        if not self._is_text:
-            return None
-        ids: list[int] = orjson.loads(b"[" + bytes(self._ids[:-1]) + b"]")
-        body = self._request.body
-        given = body.get("max_completion_tokens") or body.get("max_tokens")
-        default = context - len(prompt_ids) if self._request.api is Api.CHAT else _COMPLETION_TOKENS
-        num_left = (given or default) - len(ids)
-        if num_left < 1:
-            return None
-        dropped = (*_TEMPLATE, *_PROMPT, *_CHAT_ONLY)
-        rest: JsonObject = {name: value for name, value in body.items() if name not in dropped}
-        rest |= {"prompt": [*prompt_ids, *ids], "max_tokens": num_left}
-        if body.get("min_tokens"):
-            rest["min_tokens"] = max(0, body["min_tokens"] - len(ids))
-        self._num_before = len(ids)
-        self._is_under_way = False
-        if self._first and self._common is None:
-            first: JsonObject = orjson.loads(self._first.removeprefix(b"data: "))
-            self._common = {name: first[name] for name in ("id", "object", "created") if name in first}
-        return dataclasses.replace(self._request, api=Api.COMPLETIONS, body=rest)
-
-    def _cut(self, events: bytes, mark: bytes, into: bytearray | None) -> bytes:
+    def _cut(self, events: bytes, mark: bytes, into: bytearray) -> bytes:
         # JSON escapes the quotes in a text, so no text can hold a mark.
         parts: list[bytes] = []
         start = 0
@@ -134,9 +111,9 @@ class Transcript:
             begin = at + len(mark)
             end = events.find(b"]", begin)
             if end < 0:  # only the end of an event that is too long to be kept whole
-                self._is_text = False
+                self._has_ids = False
                 break
-            if into is not None and end > begin:
+            if end > begin:
                 into += events[begin:end] + b","
             if not self._wants_ids:
                 parts += (events[start : begin - 1], b"null")
@@ -144,18 +121,118 @@ class Transcript:
             at = events.find(mark, end)
         return b"".join((*parts, events[start:])) if parts else events
 
-    def _dress(self, line: bytes) -> bytes:
-        """One line of a continuation's events, as the client's own API would have it."""
-        if not line.startswith(b"data: {") or self._common is None:
-            return line
-        chunk: JsonObject = orjson.loads(line.removeprefix(b"data: "))
-        chunk |= self._common
-        for choice in chunk.get("choices", ()):
-            choice.pop("prompt_token_ids", None)
-            if self._request.api is Api.CHAT:
-                choice["delta"] = {"content": choice.pop("text", "")}
-        usage: dict[str, Any] | None = chunk.get("usage")
-        if usage:
-            usage["prompt_tokens"] -= self._num_before
-            usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._num_before
-        return b"data: " + orjson.dumps(chunk) + b"\n"
+    def ending(self) -> bytes | None:
+        """What the client lacks if it has the last token already; None if it lacks tokens."""
+        if self._last.endswith(_DONE):
+            return b""
+        event = _last_event(self._last)
+        choices = event.get("choices")
+        if choices and choices[0].get("finish_reason") is not None and self._prompt[0]:
+            return self._end_of(event)
+        return _DONE if choices == [] else None  # after the usage
+
+    def _end_of(self, event: JsonObject) -> bytes:
+        options = self._request.body.get("stream_options") or {}
+        if not options.get("include_usage"):
+            return _DONE
+        num_prompt, num_tokens = self._prompt[0], self._ids.count(b",")
+        usage: JsonObject = {"prompt_tokens": num_prompt, "completion_tokens": num_tokens}
+        usage["total_tokens"] = num_prompt + num_tokens
+        if self.num_cached is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.num_cached}
+        common = {name: event[name] for name in ("id", "object", "created", "model") if name in event}
+        return b"data: " + orjson.dumps({**common, "choices": [], "usage": usage}) + b"\n\n" + _DONE
+
+    async def remaining(
+        self, prompt_ids: Sequence[int], context: int, decode: Callable[[list[int]], Awaitable[str]]
+    ) -> GenerationRequest:
+        """A completion of what is missing. From now on what is taken is its answer.
+
+        Args:
+            prompt_ids: the client's prompt, in tokens.
+            context: tokens that the model's context holds.
+            decode: gives the text of some tokens.
+
+        Raises CantContinue.
+        """
+        if not self._has_ids:
+            raise CantContinue(NoContinuation.NO_IDS)
+        if self._is_chat and not self._has_begun:
+            raise CantContinue(NoContinuation.REASONING)
+        if self._prompt != (len(prompt_ids), hash(orjson.dumps(prompt_ids)[1:-1] + b",")):
+            raise CantContinue(NoContinuation.PROMPT)
+        ids: list[int] = orjson.loads(b"[" + bytes(self._ids[:-1]) + b"]")
+        body = self._request.body
+        shown = ids
+        ids, stop_text = await self._whole_characters(prompt_ids, ids, decode)
+        again = shown[len(ids) :] if self._shows_tokens else []
+        given = body.get("max_completion_tokens") or body.get("max_tokens")
+        num_left = (given or (context - len(prompt_ids) if self._is_chat else _COMPLETION_TOKENS)) - len(ids)
+        if num_left < 1:
+            raise CantContinue(NoContinuation.LENGTH)
+        rest: JsonObject = {**for_the_rest(self._request), "prompt": [*prompt_ids, *ids], "max_tokens": num_left}
+        if body.get("min_tokens"):
+            rest["min_tokens"] = max(0, body["min_tokens"] - len(ids))
+        if stop_text is not None:  # the engine must not hold back what only this router can tell to be no stop string
+            rest["include_stop_str_in_output"] = True
+        self._ids = bytearray(b"".join(b"%d," % token for token in ids))
+        before = Before(orjson.loads(self._head), len(ids), again, self._text_offset(), self.num_cached)
+        self._continued = Continued(self._request, before, stop_text)
+        self._is_under_way = False
+        return dataclasses.replace(self._request, api=Api.COMPLETIONS, body=rest)
+
+    async def _whole_characters(
+        self, prompt_ids: Sequence[int], ids: list[int], decode: Callable[[list[int]], Awaitable[str]]
+    ) -> tuple[list[int], StopText | None]:
+        """The tokens without those of a character that is not whole, which must be generated again; and the text of the
+        last ones, if a stop string may begin in it.
+
+        A detokenizer that begins within a character loses it, or gives all of the prompt's text.
+        """
+        stops, is_included = stop_strings(self._request.body)
+        num_held = max(map(len, stops), default=1) - 1
+        sent = _text(_last_event(self._last))
+        if sent and not num_held:
+            return ids, None
+        window = _TOKENS_PER_CHARACTER * num_held + _MARGIN
+        # What the client has seen of tokens can be generated again only where no chance is in it.
+        can_drop = not self._shows_tokens or self._request.body.get("temperature") == 0
+        for num_dropped in range(min(_MAX_DROPPED, len(ids)) + 1 if can_drop else 1):
+            kept = ids[: len(ids) - num_dropped]
+            text = await decode([*prompt_ids[-window:], *kept[-window:]][-window:])
+            if not text.endswith("\ufffd"):
+                break
+        else:
+            raise CantContinue(NoContinuation.TEXT)
+        if not num_held:
+            return kept, None
+        if is_included:  # nothing was held back, so it may be shorter than what is looked at
+            text = await decode(kept[-window:])
+        # vLLM holds back as much as it may once something was sent, and what was sent must fit to that.
+        if not self._has_begun or not (text if is_included else text[:-num_held]).endswith(sent[-_MARGIN // 2 :]):
+            raise CantContinue(NoContinuation.TEXT)
+        min_tokens = max(0, (self._request.body.get("min_tokens") or 0) - len(kept))
+        return kept, StopText(stops, is_included, min_tokens, text[-num_held:])
+
+    def _text_offset(self) -> int:
+        """In the answer's text, of the next token: the completions API tells it beside a token's probability."""
+        if self._is_chat or self._request.body.get("logprobs") is None:
+            return 0
+        told = _last_event(self._last)["choices"][0].get("logprobs")
+        if not told or not told["tokens"]:
+            raise CantContinue(NoContinuation.TEXT)
+        return int(told["text_offset"][-1]) + len(told["tokens"][-1])
+
+
+def _last_event(events: bytes) -> JsonObject:
+    """Empty if there is none, or only a part of it: those are too long to be kept whole."""
+    lines = [line for line in events.splitlines() if line.startswith(b"data: {")]
+    with suppress(orjson.JSONDecodeError):
+        event: JsonObject = orjson.loads(lines[-1].removeprefix(b"data: ")) if lines else {}
+        return event
+    return {}
+
+
+def _text(event: JsonObject) -> str:
+    choice: dict[str, Any] = (event.get("choices") or [{}])[0]
+    return choice.get("text") or (choice.get("delta") or {}).get("content") or ""

@@ -92,6 +92,12 @@ class Forbidden(InvalidRequest):
     status, code = 403, "forbidden"
 
 
+class StreamBroken(RouterError):
+    """Another engine went on with a stream, and not as the one before had begun."""
+
+    status, code = 502, "engine_failure"
+
+
 class NoEngine(RouterError):
     status, type, code, outcome = 503, "service_unavailable_error", "no_engine_available", Outcome.UNAVAILABLE
 
@@ -169,15 +175,16 @@ class FailureKind(StrEnum):
     GARBAGE = "garbage"  # an answer that is not what vLLM sends
 
 
+_RETRY = " Please retry the request."
+
+
 class EngineFailure(RouterError):
     """An engine did not do its part. Another one may; when none is left, the client reads this as 502 or 504."""
 
     def __init__(self, endpoint: Endpoint, kind: FailureKind, detail: str, quoted: str = "") -> None:
         """`quoted` is text of the engine's, which may hold the client's: only the client reads it."""
         failed = f"The {endpoint.role} engine {endpoint.name} failed: {detail}"
-        super().__init__(
-            f"{failed}{quoted and f': {quoted}'}. Please retry the request.", logged=f"{failed}." if quoted else None
-        )
+        super().__init__(f"{failed}{quoted and f': {quoted}'}.{_RETRY}", logged=f"{failed}." if quoted else None)
         self.endpoint = endpoint
         self.kind = kind
         self.detail = detail
@@ -185,6 +192,12 @@ class EngineFailure(RouterError):
         self.status = 504 if timed_out else 502
         self.code = "engine_timeout" if timed_out else "engine_failure"
         self.outcome = Outcome.TIMEOUT if timed_out else Outcome.FAILED
+
+    def broke_stream(self, why: str, logged: str) -> None:
+        """Adds why no other engine went on with the stream that this one began."""
+        goes_on = "No other engine can go on with the stream, because"
+        self.message = f"{self.message.removesuffix(_RETRY)} {goes_on} {why}.{_RETRY}"
+        self.logged = f"{self.logged.removesuffix(_RETRY)} {goes_on} {logged}."
 
     @property
     def is_death(self) -> bool:

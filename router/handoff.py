@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from router.continuation import Transcript, can_continue
+from router.continuation import Transcript
 from router.demand import given_token_ids
 from router.errors import ClientStalled, EngineFailure, EngineRejected, FailureKind, RouterError
 from router.leases import Lease
@@ -20,8 +20,9 @@ from router.prompt import prompt_fields
 from router.relay import StreamRelay, relay_whole
 from router.responses import ResponsesRelay
 from router.retries import backoff
-from router.token_ids import fetch_token_ids
-from router.types import Api, LocalPrefill, Outcome, Role
+from router.stream_fields import CantContinue
+from router.token_ids import fetch_text, fetch_token_ids
+from router.types import Api, LocalPrefill, NoContinuation, Outcome, Role
 from router.upstream import engine_failures, post
 
 if TYPE_CHECKING:
@@ -72,8 +73,14 @@ class Handoff:
         self._prefilled_by: Engine | None = None
         self._tried: set[Endpoint] = set()
         self._transcript: Transcript | None = None
-        if fleet.settings.continue_streams and can_continue(request):
-            self._transcript = Transcript(request)
+        self._no_continuation: CantContinue | None = None  # why there is no transcript of a stream
+        if request.stream:
+            try:
+                if not fleet.settings.continue_streams:
+                    raise CantContinue(NoContinuation.SWITCHED_OFF)
+                self._transcript = Transcript(request)
+            except CantContinue as reason:
+                self._no_continuation = reason
 
     async def run(self) -> None:
         """Answers the client. Raises RouterError when it can't; what was sent until then stands in the reply."""
@@ -96,6 +103,8 @@ class Handoff:
                 # A connection that was accepted too late says more about the load than about this engine.
                 if failure.kind is not FailureKind.CONNECT_TIMEOUT:
                     self._tried.add(failure.endpoint)
+                if await self._end_stream():
+                    return
                 if num_failed > self._fleet.settings.num_retries or not await self._can_go_on(failure):
                     raise
                 self._fleet.metrics.retried(failure.endpoint.role)
@@ -108,8 +117,13 @@ class Handoff:
         is_left = needs_none or pool.choose(role, self._request, self._tried, self._prefilled_by) is not None
         if not is_left and not self._falls_back(failure):
             return False
-        if self._reply.started and not await self._prepare_continuation():
-            return False
+        if self._reply.started:
+            try:
+                await self._prepare_continuation()
+            except CantContinue as reason:
+                failure.broke_stream(str(reason), reason.logged)
+                self._fleet.metrics.not_continued(reason.reason)
+                return False
         # The requests of an engine that died come once; what an overload slows down would come again and again.
         if failure.is_death or self._fleet.retries.withdraw():
             return True
@@ -126,27 +140,45 @@ class Handoff:
         self._local_prefill = self._record.local_prefill = LocalPrefill.PREFILL_FAILED
         return True
 
-    async def _prepare_continuation(self) -> bool:
-        """Makes what the client has not got yet the request; False if that can't be done."""
-        if self._transcript is None:
+    async def _end_stream(self) -> bool:
+        """Whether the client now has a whole stream, because only its end was missing."""
+        ending = self._transcript.ending() if self._transcript is not None and self._reply.started else None
+        if ending is None:
             return False
+        if ending:
+            await self._reply.chunk(ending)
+        self._record.mark(Moment.LAST_TOKEN)
+        await self._reply.end_stream()
+        return True
+
+    async def _prepare_continuation(self) -> None:
+        """Makes what the client has not got yet the request. Raises CantContinue."""
+        if self._transcript is None:
+            assert self._no_continuation is not None
+            raise self._no_continuation
         engine = self._choose(Role.DECODE)
+        session, endpoint, model = self._fleet.session, engine.endpoint, self._asked.model
         try:
             prompt_ids = given_token_ids(prompt_fields(self._asked.api, self._asked.body))
             if prompt_ids is None:
-                prompt_ids = await fetch_token_ids(self._fleet.session, engine.endpoint, self._asked, TOKENIZE_TIMEOUT)
+                prompt_ids = await fetch_token_ids(session, endpoint, self._asked, TOKENIZE_TIMEOUT)
         except EngineFailure as error:
-            logger.warning("the stream of request %s can't be continued: %s", self._asked.id, error)
-            return False
-        card = engine.models[self._asked.model]
-        rest = self._transcript.remaining(prompt_ids, card.get("max_model_len", len(prompt_ids)))
-        if rest is None:
-            return False
+            logger.warning("no tokens of the prompt of request %s: %s", self._asked.id, error.logged)
+            raise CantContinue(NoContinuation.PROMPT) from error
+        card = engine.models[model]
+
+        async def decode(ids: list[int]) -> str:
+            return await fetch_text(session, endpoint, model, ids, TOKENIZE_TIMEOUT)
+
+        try:
+            rest = await self._transcript.remaining(prompt_ids, card.get("max_model_len", len(prompt_ids)), decode)
+        except EngineFailure as error:
+            logger.warning("no text of the tokens of request %s: %s", self._asked.id, error.logged)
+            raise CantContinue(NoContinuation.TEXT) from error
         self._request = rest
         self._fleet.pool.chooser.describe(rest, rest.demand.session, card)
         self._record.num_continuations += 1
         self._fleet.metrics.continued()
-        return True
 
     async def _attempt(self) -> None:
         holds_kv = self._lease is not None and self._lease.params is not None and not self._lease.readers
@@ -184,6 +216,8 @@ class Handoff:
             lease.params = params
             self._mark(Moment.PREFILL_DONE)
         self._prefilled_by = engine
+        if self._transcript is not None and lease.params is not None and not self._record.num_continuations:
+            self._transcript.num_cached = lease.params.get("remote_prefill_cached_tokens")
         if lease.params is None:
             self._lease = None
             self._local_prefill = self._record.local_prefill = LocalPrefill.NO_KV

@@ -6,6 +6,7 @@ enum.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from itertools import product
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from router.lifetime import IN_FLIGHT, Moment, Phase
 from router.loop_histogram import LoopHistogram
-from router.types import Api, LeaseEnd, LocalPrefill, Outcome, Role, Task
+from router.types import Api, LeaseEnd, LocalPrefill, NoContinuation, Outcome, Role, Task
 
 if TYPE_CHECKING:
     from router.engines import Engine, EnginePool
@@ -95,6 +96,13 @@ class RouterMetrics:
             "Streams that another engine went on with after theirs died.",
             registry=registry,
         )
+        broken = Counter(
+            "tknp_stream_continuations_refused",
+            "Streams whose engine died and that no other could go on with, and why.",
+            ["reason"],
+            registry=registry,
+        )
+        self._broken = {reason: broken.labels(reason) for reason in NoContinuation}
         leases = Counter(
             "tknp_kv_leases",
             "KV cache that prefill engines kept in vain, by what became of it.",
@@ -125,6 +133,9 @@ class RouterMetrics:
     def continued(self) -> None:
         self._continuations.inc()
 
+    def not_continued(self, reason: NoContinuation) -> None:
+        self._broken[reason].inc()
+
     def lease_ended(self, end: LeaseEnd) -> None:
         self._leases[end].inc()
 
@@ -146,9 +157,10 @@ class RouterMetrics:
 class StateCollector(Collector):
     """Gauges that are read from the state itself at each scrape, and so can't drift from it."""
 
-    def __init__(self, pool: EnginePool, records: RecordStore) -> None:
+    def __init__(self, pool: EnginePool, records: RecordStore, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
         self._records = records
+        self._loop = loop  # a scrape runs on a thread
 
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily(
@@ -173,4 +185,6 @@ class StateCollector(Collector):
                 counts[phase] += 1
         for phase, count in counts.items():
             in_flight.add_metric([phase], count)
-        yield from (up, outstanding, in_flight)
+        num_tasks = len(asyncio.all_tasks(self._loop))
+        tasks = GaugeMetricFamily("tknp_event_loop_tasks", "Tasks of the router's event loop.", value=num_tasks)
+        yield from (up, outstanding, in_flight, tasks)

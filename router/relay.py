@@ -7,10 +7,12 @@ the client a stream of whole events, to which the error can be added.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from router.continuation import AnswerEnded
 from router.errors import EngineFailure, EngineRejected, FailureKind
 from router.lifetime import Moment
 from router.tap import pump
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'  # JSON escapes the quotes, so no token's text can hold this
+# An event of vLLM's without anything of the answer: chat's first one, or text that may become a stop string.
+EMPTY = re.compile(
+    rb'"choices":\[\{"index":\d+,(?:"text":""|"delta":\{(?:"role":"\w+",?)?(?:"content":"")?\}),'
+    rb'"logprobs":null,"finish_reason":null'
+)
+MAX_HELD_BYTES = 2**16
 MAX_PARTIAL_BYTES = 2**24  # an event longer than this is passed on in parts; a prompt's ids fill 7 bytes a token
 
 
@@ -62,6 +70,7 @@ class StreamRelay:
         self._record = record
         self._observe_gap = observe_gap
         self._partial = b""
+        self._held = b""  # events without anything of the answer: until more comes another engine can still take it
         self._tail = b""
         self._now = asyncio.get_running_loop().time
         self._before = 0.0  # when the last event came; 0 before the first
@@ -76,7 +85,10 @@ class StreamRelay:
         if response.content_type != "text/event-stream":
             raise EngineFailure(self._endpoint, FailureKind.GARBAGE, f"it sent {response.content_type}, not a stream")
         self._limit, self._gap_limit = limit, gap_limit
-        await pump(response, self._take)
+        try:
+            await pump(response, self._take)
+        except AnswerEnded:
+            self._partial = b""
         if not self._has_ended():
             raise EngineFailure(self._endpoint, FailureKind.DISCONNECT, "its stream ended early")
         self._record.mark(Moment.LAST_TOKEN)
@@ -102,6 +114,11 @@ class StreamRelay:
         if self._before:
             self._observe_gap(at - self._before)
         self._before = at
+        if not self._reply.started:
+            events, self._held = self._held + events, b""
+            if _is_empty(events):
+                self._held = events
+                return None
         if ERROR in events or not self._reply.started:
             return self._begin_or_fail(events)
         if not self._partial:
@@ -123,7 +140,7 @@ class StreamRelay:
         if ERROR in events:
             at = events.index(ERROR)
             events, error = events[:at], self._reported(events[at:])
-        if events:
+        if events and not (error is not None and _is_empty(events)):
             if not self._reply.started:
                 self._record.mark(Moment.FIRST_TOKEN)
                 await self._reply.start_stream()
@@ -162,3 +179,8 @@ class StreamRelay:
         if isinstance(code, int) and 400 <= code < 500:
             return EngineRejected(code, raw)
         return EngineFailure(self._endpoint, FailureKind.STATUS, "it reported an error", message[:300])
+
+
+def _is_empty(events: bytes) -> bool:
+    num_empty = len(EMPTY.findall(events)) if len(events) <= MAX_HELD_BYTES else 0
+    return num_empty > 0 and num_empty == events.count(b"data:")

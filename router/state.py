@@ -86,7 +86,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
     pool = EnginePool(settings.endpoints, Chooser(settings), settings.breaker_failures)
     records = RecordStore(settings.num_request_records)
     metrics = RouterMetrics(registry)
-    registry.register(StateCollector(pool, records))
+    registry.register(StateCollector(pool, records, asyncio.get_running_loop()))
     registry.register(LoadCollector(pool, settings))
     admission_metrics = AdmissionMetrics(registry)
     access = Access(admission_metrics)

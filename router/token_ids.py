@@ -11,7 +11,7 @@ import orjson
 
 from router.errors import EngineFailure, FailureKind
 from router.prompt import prompt_fields
-from router.types import Role
+from router.types import Role, Task
 from router.upstream import engine_failures
 
 if TYPE_CHECKING:
@@ -66,21 +66,38 @@ async def fetch_token_ids(
     session: aiohttp.ClientSession, endpoint: Endpoint, request: GenerationRequest, seconds: float
 ) -> list[int]:
     """The request's prompt in tokens, as the engine sees it. Raises EngineFailure."""
-    headers = {"Content-Type": "application/json"}
-    with engine_failures(endpoint):
-        async with asyncio.timeout(seconds):
-            async with session.post(
-                f"{endpoint.url}/tokenize", data=tokenize_body(request), headers=headers, allow_redirects=False
-            ) as response:
-                raw = await response.read()
+    raw = await _ask(session, endpoint, Task.TOKENIZE, tokenize_body(request), seconds)
     try:
         tokens = orjson.loads(raw)["tokens"]
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise ValueError("not a list of tokens")
     except (ValueError, TypeError, KeyError) as error:
-        detail = f"/tokenize answered with status {response.status} and no tokens"
-        raise EngineFailure(endpoint, FailureKind.GARBAGE, detail) from error
+        raise EngineFailure(endpoint, FailureKind.GARBAGE, f"{Task.TOKENIZE} answered with no tokens") from error
     return tokens
+
+
+async def fetch_text(
+    session: aiohttp.ClientSession, endpoint: Endpoint, model: str, tokens: list[int], seconds: float
+) -> str:
+    """The text of some tokens, special ones too. Raises EngineFailure."""
+    raw = await _ask(session, endpoint, Task.DETOKENIZE, orjson.dumps({"model": model, "tokens": tokens}), seconds)
+    try:
+        text = orjson.loads(raw)["prompt"]
+        if not isinstance(text, str):
+            raise ValueError("not a text")
+    except (ValueError, TypeError, KeyError) as error:
+        raise EngineFailure(endpoint, FailureKind.GARBAGE, f"{Task.DETOKENIZE} answered with no text") from error
+    return text
+
+
+async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, task: Task, body: bytes, seconds: float) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    with engine_failures(endpoint):
+        async with asyncio.timeout(seconds):
+            async with session.post(
+                f"{endpoint.url}{task}", data=body, headers=headers, allow_redirects=False
+            ) as response:
+                return await response.read()
 
 
 def tokenize_body(request: GenerationRequest) -> bytes:

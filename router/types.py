@@ -82,6 +82,25 @@ class Rejection(StrEnum):
     DEADLINE = "deadline"  # its own deadline passed while it waited, or would have
 
 
+class NoContinuation(StrEnum):
+    """Why no other engine could go on with a stream whose engine died. The values are labels of a metric."""
+
+    SWITCHED_OFF = "switched_off"
+    API = "api"  # the Responses API: its events do not tell the ids of tokens
+    SEVERAL_ANSWERS = "several_answers"
+    SEED = "seed"  # the generator's state died with the engine
+    PENALTY = "penalty"  # presence and frequency penalties tell the answer's tokens from the prompt's
+    STRUCTURED_OUTPUT = "structured_output"  # the grammar's state
+    TOOLS = "tools"  # the tool parser's state
+    MEDIA = "media"  # the prompt is more than its tokens
+    FIELD = "field"  # one that is not known to mean the same for prompt + tokens so far
+    REASONING = "reasoning"  # a reasoning parser's state; or the stream has no text yet that could tell
+    NO_IDS = "no_ids"  # the engine told no ids of tokens
+    PROMPT = "prompt"  # its ids could not be had, or are not those that the first engine told
+    TEXT = "text"  # the tokens' text is not known to the character
+    LENGTH = "length"  # no token is left to generate, but the engine had not said so
+
+
 class LeaseEnd(StrEnum):
     """What became of KV cache that was kept in vain. The values are labels of a metric."""
 

@@ -104,6 +104,7 @@ def _legs() -> Row:
                 Query(total(rate("tknp_retries_total"), "role"), "{{role}}"),
                 Query(total(rate("tknp_retries_refused_total")), "refused by the budget"),
                 Query(total(rate("tknp_stream_continuations_total")), "streams that another engine went on with"),
+                Query(total(rate("tknp_stream_continuations_refused_total"), "reason"), "broken: {{reason}}"),
             ),
             graph(
                 "Prefilled by the decode engine, by reason",

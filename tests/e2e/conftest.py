@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.processes import start_plain
-from tests.e2e.suite import Ask, answers
+from tests.e2e.suite import Ask, Streamed, answers, streamed
 from tknp.tiny_model import make_tiny_model
 
 Expected = Callable[[Sequence[Ask]], list[list[list[int]]]]
@@ -30,11 +30,13 @@ class PlainAnswers:
 
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
+        self.streams: list[Streamed] = []
 
-    def learn(self, model: Path, asks: Sequence[Ask], log_dir: Path) -> None:
+    def learn(self, model: Path, asks: Sequence[Ask], log_dir: Path, streams: Sequence[Ask] = ()) -> None:
         server = start_plain(model, log_dir)
         try:
             server.wait_ready()
+            self.streams = [streamed(server, ask) for ask in streams]
             for ask, answered in zip(asks, answers(server, asks, at_once=16), strict=True):
                 self._known[repr((model.name, ask))] = answered
         finally:
@@ -45,13 +47,25 @@ class PlainAnswers:
 
 
 @pytest.fixture(scope="session")
-def plain_llama(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Expected]:
-    """Plain vLLM's answers for the Llama model."""
+def llama_answers(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> PlainAnswers:
     from tests.e2e import expected
 
     known = PlainAnswers()
-    known.learn(models("llama"), expected.llama(), tmp_path_factory.mktemp("plain-llama"))
-    yield lambda asks: known.expect(models("llama"), asks)
+    directory = tmp_path_factory.mktemp("plain-llama")
+    known.learn(models("llama"), expected.llama(), directory, expected.told_streams())
+    return known
+
+
+@pytest.fixture(scope="session")
+def plain_llama(models: Callable[[str], Path], llama_answers: PlainAnswers) -> Expected:
+    """Plain vLLM's answers for the Llama model."""
+    return lambda asks: llama_answers.expect(models("llama"), asks)
+
+
+@pytest.fixture(scope="session")
+def plain_streams(llama_answers: PlainAnswers) -> list[Streamed]:
+    """What it says in streams, of those in expected.py."""
+    return llama_answers.streams
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.e2e.suite import Ask, around_boundaries, chat, completion, conversations, crowd, sampled, tokens
 
 
@@ -18,6 +20,17 @@ def long_answers() -> list[Ask]:
 def long_streams() -> list[Ask]:
     """Answers that take long enough to kill an engine in the middle of them: to ids, and to text in a template."""
     return [completion(tokens(120, 5), 400), chat("Write a long story.", 400)]
+
+
+def told_streams() -> list[Ask]:
+    """As long, with all that a stream can say. The stop strings come at the end of the answers, or never."""
+    fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": False}
+    return [
+        completion(tokens(120, 5), 400, stop=["never, ever", "while writ"], **fields),
+        chat("Write a long story.", 400, stop=[" abo value", "never, ever"], **fields),
+        completion(tokens(120, 5), 400, logprobs=2, **{**fields, "return_token_ids": True}),
+        chat("Write a long story.", 400, logprobs=True, top_logprobs=2, **fields),
+    ]
 
 
 def llama() -> list[Ask]:

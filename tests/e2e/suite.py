@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tests.e2e.processes import Service
@@ -88,6 +88,41 @@ def answer_streamed(service: Service, ask: Ask) -> list[list[int]]:
         for choice in json.loads(event)["choices"]:
             collected.setdefault(choice["index"], []).extend(choice.get("token_ids") or [])
     return [collected[index] for index in sorted(collected)]
+
+
+@dataclass
+class Streamed:
+    """All that a stream of one choice says."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+    end: tuple[Any, Any] = (None, None)  # finish_reason and stop_reason
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+def streamed(service: Service, ask: Ask) -> Streamed:
+    """The answer to a completion or chat that asks for a stream with its usage."""
+    got = Streamed()
+    with service.post(ask.path, ask.body, stream=True) as reply:
+        assert reply.status_code == 200, reply.text
+        events = [line.removeprefix(b"data: ") for line in reply.iter_lines() if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]", events[-1]
+    for event in map(json.loads, events[:-1]):
+        got.usage = event.get("usage") or got.usage
+        for choice in event["choices"]:
+            got.text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            got.token_ids += choice.get("token_ids") or []
+            if choice["finish_reason"] is not None:
+                got.end = choice["finish_reason"], choice.get("stop_reason")
+            told = choice.get("logprobs") or {}
+            got.text_offset += told.get("text_offset", ())
+            content = told.get("content", ())
+            got.tokens += [entry["token"] for entry in content] or told.get("tokens", ())
+            got.logprobs += [entry["logprob"] for entry in content] or told.get("token_logprobs", ())
+    return got
 
 
 def answers(service: Service, asks: Sequence[Ask], at_once: int) -> list[list[list[int]]]:

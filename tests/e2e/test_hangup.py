@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.e2e import expected
 from tests.e2e.conftest import Expected
 from tests.e2e.processes import Service, start_decode, start_prefill, start_router, wait_for
 from tests.e2e.stack import Stack
-from tests.e2e.suite import Ask, answer_streamed, completion, tokens
+from tests.e2e.suite import Ask, Streamed, answer_streamed, completion, streamed, tokens
 
 SOON = 8.0  # s; it is to take less than one, and does on a machine that has time for it: what it took is printed
 
@@ -143,17 +144,27 @@ def test_while_decode_runs(stacks: tuple[Stack, Service], stream: bool) -> None:
             client.hang_up()
 
 
-def test_streams_outlive_their_decode_engine(stacks: tuple[Stack, Service], plain_llama: Expected) -> None:
+def test_streams_outlive_their_decode_engine(
+    stacks: tuple[Stack, Service], plain_llama: Expected, plain_streams: list[Streamed]
+) -> None:
     """The last test of this file: it kills a decode engine."""
     stack, _ = stacks
-    asks = expected.long_streams()
-    with ThreadPoolExecutor(len(asks)) as pool:
+    asks, told = expected.long_streams(), expected.told_streams()
+    num_streams = len(asks) + len(told)
+    with ThreadPoolExecutor(num_streams) as pool:
         with only(*stacks):
             streams = [pool.submit(answer_streamed, stack.router, ask) for ask in asks]
-            wait_for(lambda: sum(r["num_requests"] for r in stack.ranks()) == len(asks), 60, "the streams running")
+            told_streams = [pool.submit(streamed, stack.router, ask) for ask in told]
+            wait_for(lambda: sum(r["num_requests"] for r in stack.ranks()) == num_streams, 60, "the streams running")
             time.sleep(0.5)
         os.kill(stack.ranks()[1]["pid"], signal.SIGKILL)
         got = [stream.result(120) for stream in streams]
+        got_told = [stream.result(120) for stream in told_streams]
     assert got == plain_llama(asks), "the other engine should have gone on with them"
-    assert stack.router.metric("tknp_stream_continuations_total") == len(asks)
+    for one, plain in zip(got_told, plain_streams, strict=True):
+        assert one.logprobs == pytest.approx(plain.logprobs, abs=1e-3)
+        one.usage.pop("prompt_tokens_details")  # plain vLLM does not tell what was cached
+        assert replace(one, logprobs=[]) == replace(plain, logprobs=[])
+    assert plain_streams[1].end == ("stop", " abo value"), "a stop string should end the answer where it can"
+    assert stack.router.metric("tknp_stream_continuations_total") == num_streams
     wait_for(lambda: stack.prefill.metric("vllm:kv_cache_usage_perc") == 0, 60, "the prefill engine's pool being empty")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from router.engines import Engine
-from router.errors import EngineFailure
+from router.errors import EngineFailure, EngineRejected
 from router.lifetime import RequestRecord
 from router.relay import StreamRelay
 from router.reply import Reply
@@ -113,3 +113,17 @@ def test_text_that_looks_like_the_end_is_not_the_end() -> None:
 
 def test_comments_are_no_tokens() -> None:
     assert relay([b": ping\n\n", EVENTS[0], b": ping\n\n", EVENTS[-1]]) == [EVENTS[0], b": ping\n\n", EVENTS[-1]]
+
+
+ROLE = (
+    b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}'
+    b"\n\n"
+)
+
+
+def test_events_without_anything_of_the_answer_wait_for_some_of_it() -> None:
+    assert relay([ROLE, ROLE, *EVENTS[-2:]]) == [ROLE + ROLE + EVENTS[-2], EVENTS[-1]]
+    first, *_ = relay([ROLE] * 2000 + EVENTS[-1:])
+    assert 2**16 < len(first) < 2**16 + 2 * len(ROLE), "not for ever"
+    with pytest.raises(EngineRejected):  # it can still be a status
+        relay([ROLE, b'data: {"error":{"code":400,"message":"too long"}}\n\n'])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import statistics
 import subprocess
 import time
 from collections import Counter
@@ -19,9 +18,9 @@ import requests
 
 from tests.e2e.processes import Service, start_router
 from tests.soak.engines import SoakEngine
+from tests.soak.footprint import Footprint, Handles
 from tests.soak.plan import SoakPlan
 from tests.soak.traffic import Behaviour, End, Job, Mix, Seen, ask
-from tknp.launch.guard import descendants
 
 EXCUSED_SECONDS = 10.0
 """After a fault's end requests may still fail of it; the router checks engines every second."""
@@ -39,9 +38,8 @@ class Tally:
     faults: list[str] = field(default_factory=list)
     troubles: dict[str, list[str]] = field(default_factory=dict)
     error_messages: Counter[str] = field(default_factory=Counter)
-    answers: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the longest so far, by prompt
+    answers: dict[str, Seen] = field(default_factory=dict)  # the longest so far, by prompt
     num_compared: int = 0
-    rss: list[tuple[float, float]] = field(default_factory=list)  # seconds, MiB
 
     def add(self, job: Job, seen: Seen) -> None:
         self.ends[seen.end] += 1
@@ -51,23 +49,24 @@ class Tally:
         elif seen.end is End.ERROR:
             self.error_messages[seen.detail[:400]] += 1
         elif seen.end is End.ANSWERED and job.prompt is not None:
-            self._compare(job, seen.token_ids)
+            self._compare(job, seen)
 
-    def _compare(self, job: Job, token_ids: tuple[int, ...]) -> None:
+    def _compare(self, job: Job, seen: Seen) -> None:
         """Greedy answers to one prompt differ in length alone."""
         assert job.prompt is not None
-        known = self.answers.get(job.prompt)
-        if known is None:
-            self.answers[job.prompt] = token_ids
+        known = self.answers.setdefault(job.prompt, seen)
+        if known is seen:
             return
         self.num_compared += 1
-        shared = min(len(known), len(token_ids))
-        if known[:shared] != token_ids[:shared]:
-            self.trouble(
-                "different tokens", f"{job.id}: {token_ids[:shared]} where another request got {known[:shared]}"
-            )
-        elif len(token_ids) > len(known):
-            self.answers[job.prompt] = token_ids
+        for mine, theirs in ((seen.token_ids, known.token_ids), (seen.text, known.text)):
+            shared = min(len(mine), len(theirs))
+            if mine[:shared] != theirs[:shared]:
+                self.trouble(
+                    "different tokens", f"{job.id}: {mine[:shared]} where another request got {theirs[:shared]}"
+                )
+                return
+        if len(seen.token_ids) > len(known.token_ids):
+            self.answers[job.prompt] = seen
 
     def trouble(self, kind: str, what: str) -> None:
         self.troubles.setdefault(kind, []).append(what)
@@ -80,6 +79,7 @@ class Soak:
         self._router = router
         self._tell = tell
         self._tally = Tally()
+        self._footprint = Footprint()
         self._mix = Mix(plan)
         self._chaos = random.Random(plan.seed + 1)
         self._begin = time.monotonic()
@@ -89,7 +89,7 @@ class Soak:
 
     async def run(self) -> dict[str, Any]:
         """The summary; `ok` says whether all of it is as it must be."""
-        open_before = self._num_open_files()
+        before = Handles.of(self._router)
         watch = asyncio.create_task(self._watch())
         faults = asyncio.create_task(self._faults())
         try:
@@ -98,7 +98,7 @@ class Soak:
             await asyncio.gather(faults, return_exceptions=True)
             seconds = time.monotonic() - self._begin
             await asyncio.gather(*self._looking)
-            settled = await self._settle(open_before)
+            settled = await self._settle(before)
         finally:
             watch.cancel()
         return self._summary(seconds, settled)
@@ -182,28 +182,25 @@ class Soak:
         told = 0.0
         while True:
             now = time.monotonic() - self._begin
-            pids = {self._router.process.pid, *descendants(self._router.process.pid)}
-            rss = max(_rss_mib(pid) for pid in pids)  # the guard beside it is the small one
-            self._tally.rss.append((round(now, 1), round(rss, 1)))
+            mib = self._footprint.measure_router(self._router)
             if now - told >= 15:
                 told = now
-                self._tell(f"{now:.0f} s: {dict(self._tally.ends)}, router {rss:.0f} MiB")
+                await asyncio.to_thread(self._footprint.measure_rest, self._router, self._engines)
+                self._tell(f"{now:.0f} s: {dict(self._tally.ends)}, router {mib:.0f} MiB")
             await asyncio.sleep(1.0)
 
-    def _num_open_files(self) -> int:
-        pids = descendants(self._router.process.pid)
-        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
-
-    async def _settle(self, open_before: int) -> dict[str, Any]:
+    async def _settle(self, before: Handles) -> dict[str, Any]:
         """Waits until nothing is left of the traffic, and says what is if that takes too long."""
         begin = time.monotonic()
-        while left := await asyncio.to_thread(self._left, open_before):
+        while left := await asyncio.to_thread(self._left, before):
             if time.monotonic() - begin > self._plan.settle_timeout:
                 break
             await asyncio.sleep(0.5)
         return {"seconds": round(time.monotonic() - begin, 1), "left": left}
 
-    def _left(self, open_before: int) -> list[str]:
+    def _left(self, before: Handles) -> list[str]:
+        if self._router.process.poll() is not None:
+            return ["the router has ended"]
         found = []
         for name in ("tknp_requests_in_flight", "tknp_engine_outstanding_requests"):
             if count := self._router.metric(name):
@@ -213,19 +210,25 @@ class Soak:
                 found += engine.held()
             else:
                 found.append(f"{engine.name} is not up")
-        # Idle connections to engines close after some seconds; a request that leaked keeps its own.
-        if (num_open := self._num_open_files()) > open_before + 8:
-            found.append(f"router: {num_open} open files, {open_before} before")
-        return found
+        return found + Handles.of(self._router).more_than(before)
 
     def _summary(self, seconds: float, settled: dict[str, Any]) -> dict[str, Any]:
         tally = self._tally
-        growth = rss_growth(tally.rss)
+        footprint = self._footprint.as_dict()
         if self._router.process.poll() is not None:
             tally.trouble("router ended", self._router.tail())
-        ok = not tally.troubles and not settled["left"] and growth["is_flat"]
+        left = settled["left"]
+        checks = {
+            "every request ended in an answer or a clear error": not tally.ends[End.LOST] and not tally.ends[End.WRONG],
+            "errors only while a fault lasted": "error without a fault" not in tally.troubles,
+            "equal prompts had equal tokens": "different tokens" not in tally.troubles,
+            "nothing else went wrong": not tally.troubles.keys() - {*End, "error without a fault", "different tokens"},
+            "no KV block, request, task or connection is left": not left,
+            "the router's memory is flat": footprint["router_mib"]["is_flat"],
+        }
         return {
-            "ok": ok,
+            "ok": all(checks.values()),
+            "checks": checks,
             "seconds": round(seconds, 1),
             "num_requests": sum(tally.ends.values()),
             "ends": dict(tally.ends),
@@ -236,38 +239,14 @@ class Soak:
             "errors": dict(tally.error_messages.most_common(NUM_KEPT)),
             "troubles": {kind: {"count": len(all_), "first": all_[:NUM_KEPT]} for kind, all_ in tally.troubles.items()},
             "settled": settled,
-            "router_rss": growth,
+            **footprint,
             "retries": self._metric("tknp_retries_total"),
+            "continuations": self._metric("tknp_stream_continuations_total"),
             "plan": asdict(self._plan),
         }
 
     def _metric(self, name: str) -> float | None:
         return self._router.metric(name) if self._router.process.poll() is None else None
-
-
-def rss_growth(line: list[tuple[float, float]]) -> dict[str, Any]:
-    """Resident memory of the second quarter against the last: what comes before is caches that fill, such as the
-    records of the last thousand requests."""
-    values = [mib for _, mib in line]
-    quarter = len(values) // 4
-    if quarter < 3:
-        return {"is_flat": True, "mib": values}
-    early = statistics.median(values[quarter : 2 * quarter])
-    late = statistics.median(values[-quarter:])
-    return {
-        "is_flat": late - early <= 4 + 0.05 * early,
-        "early_mib": early,
-        "late_mib": late,
-        "peak_mib": max(values),
-        "line_mib": values[:: max(1, len(values) // 60)],
-    }
-
-
-def _rss_mib(pid: int) -> float:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
-    except (OSError, IndexError):
-        return 0.0
 
 
 @contextmanager

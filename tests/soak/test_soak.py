@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.soak.footprint import Handles, memory_growth
 from tests.soak.plan import PRESETS
-from tests.soak.run import rss_growth, run_soak
+from tests.soak.run import run_soak
 from tests.soak.traffic import End, Mix
 from tknp.tiny_model import make_tiny_model
 
@@ -33,4 +34,13 @@ def test_the_same_seed_draws_the_same_traffic_of_every_kind() -> None:
     ("values", "is_flat"), [([100.0] * 40, True), ([60.0] * 10 + [100.0] * 30, True), (range(100, 140), False)]
 )
 def test_memory_that_keeps_growing_is_not_flat(values: Sequence[float], is_flat: bool) -> None:
-    assert rss_growth([(float(i), float(mib)) for i, mib in enumerate(values)])["is_flat"] is is_flat
+    assert memory_growth(values)["is_flat"] is is_flat
+
+
+def test_tasks_and_files_that_stay_are_told() -> None:
+    before = Handles(num_files=20, num_tasks=15)
+    assert not Handles(num_files=28, num_tasks=19).more_than(before)
+    assert Handles(num_files=29, num_tasks=20).more_than(before) == [
+        "router: 29 open files, 20 before",
+        "router: 20 tasks, 15 before",
+    ]

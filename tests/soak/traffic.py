@@ -16,6 +16,12 @@ NUM_PROMPTS = 60
 MODEL_LENGTH = 1024  # of tests.e2e.processes.ENGINE_OPTIONS
 
 
+# What changes nothing about an answer's tokens, and makes it harder to go on with its stream on another engine.
+STOP: dict[str, Any] = {"stop": ["never, ever"]}
+TOLD: tuple[dict[str, Any], ...] = ({}, {}, STOP, {"logprobs": 2}, {**STOP, "logprobs": 0})
+TOLD_IN_CHAT: tuple[dict[str, Any], ...] = ({}, {}, STOP, {"logprobs": True, "top_logprobs": 2})
+
+
 class Behaviour(StrEnum):
     """What the client does."""
 
@@ -65,6 +71,7 @@ class Seen:
     end: End
     detail: str = ""
     token_ids: tuple[int, ...] = ()
+    text: str = ""  # of the first choice, as the ids are
 
 
 class Mix:
@@ -92,7 +99,8 @@ class Mix:
         max_tokens = rng.choice((1, 4, 16, 16, 40, 90))
         if rng.random() < 0.25:
             number = rng.randrange(NUM_PROMPTS)
-            ask = chat(f"Tell me the story number {number}. " * rng.choice((1, 8)), max_tokens, **stream)
+            fields = {**stream, **rng.choice(TOLD_IN_CHAT)}
+            ask = chat(f"Tell me the story number {number}. " * rng.choice((1, 8)), max_tokens, **fields)
             return ask, f"{ask.body['messages']}"
         # Few prompts, so that some are cached; a third of them long.
         number = rng.randrange(NUM_PROMPTS)
@@ -100,7 +108,7 @@ class Mix:
         if rng.random() < 0.1:
             sampled = {"n": rng.choice((2, 3)), "temperature": 0.8}
             return completion(tokens(length, number), max_tokens, **sampled, **stream), None
-        return completion(tokens(length, number), max_tokens, **stream), f"tokens {number}"
+        return completion(tokens(length, number), max_tokens, **stream, **rng.choice(TOLD)), f"tokens {number}"
 
     def _invalid(self) -> tuple[Ask, bytes | None]:
         good = completion([5, 6, 7], 4)
@@ -208,7 +216,7 @@ def _whole(body: bytes, job: Job) -> Seen:
         wanted = job.ask.body["max_tokens"] * job.ask.body.get("n", 1)
         if usage["completion_tokens"] != wanted:
             return Seen(End.WRONG, f"{usage['completion_tokens']} tokens where {wanted} were asked for")
-        return Seen(End.ANSWERED, token_ids=tuple(choices[0]["token_ids"]))
+        return Seen(End.ANSWERED, token_ids=tuple(choices[0]["token_ids"]), text=_text(choices[0]))
     except (ValueError, KeyError, TypeError) as error:
         return Seen(End.LOST, f"an answer that can't be read ({error!r}): {body[-100:]!r}")
 
@@ -222,16 +230,24 @@ def _stream(body: bytes, job: Job) -> Seen:
                 return Seen(End.ERROR, f"in the stream of {_shortened(job)}: {message}")
         return Seen(End.LOST, f"a stream without an end after {len(events)} events: {body[-100:]!r}")
     by_choice: dict[int, list[int]] = {}
+    text = ""
     for event in events[:-1]:
         parsed = json.loads(event)
         if "error" in parsed:
             return Seen(End.ERROR, f"in the stream: {str(parsed['error'].get('message'))[:200]}")
         for choice in parsed["choices"]:
             by_choice.setdefault(choice["index"], []).extend(choice.get("token_ids") or [])
+            text += _text(choice) if choice["index"] == 0 else ""
     wanted = job.ask.body["max_tokens"] * job.ask.body.get("n", 1)
     if (found := sum(map(len, by_choice.values()))) != wanted:
         return Seen(End.WRONG, f"{found} streamed tokens where {wanted} were asked for")
-    return Seen(End.ANSWERED, token_ids=tuple(by_choice[0]))
+    return Seen(End.ANSWERED, token_ids=tuple(by_choice[0]), text=text)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """Of a completion's choice or a chat's, streamed or whole."""
+    said = choice.get("message") or choice.get("delta") or {}
+    return str(choice.get("text") or said.get("content") or "")
 
 
 def _dechunked(body: bytes) -> bytes:
