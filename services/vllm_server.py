@@ -158,11 +158,26 @@ async def _serve(args: Any) -> bool:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     listen_address, sock = setup_server(args, reuse_port=False)
     async with build_async_engine_client(args) as engine:
+        was_errored = _noting_shutdown(engine)
         shutdown = await build_and_serve(engine, listen_address, sock, args)
-        died = bool(engine.errored)
+        died = was_errored[0] if was_errored else bool(engine.errored)
     # The server ends its connections only after the engine is gone.
     try:
         await shutdown
     finally:
         sock.close()
     return died
+
+
+def _noting_shutdown(engine: Any) -> list[bool]:
+    """Filled when the server, told to end, shuts the engine down: whether it had died before. From then on it counts as
+    errored in any case (vLLM's launcher.py, `handle_shutdown`)."""
+    was_errored: list[bool] = []
+    shutdown = engine.shutdown
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        was_errored.append(bool(engine.errored))
+        shutdown(*args, **kwargs)
+
+    engine.shutdown = noting
+    return was_errored

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import os
+import signal
 import socket
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -16,7 +21,7 @@ from vllm.plugins import ENDPOINT_PLUGINS_GROUP, load_endpoint_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.decode.token_parallel.endpoint import TokenParallelEndpoint
-from services.vllm_server import PLUGIN, free_port, kv_transfer_option, option_value, prepare_environment
+from services.vllm_server import PLUGIN, _serve, free_port, kv_transfer_option, option_value, prepare_environment
 from tests.services.contract import parameters, require, require_all, source
 
 SERVER = "services/vllm_server.py"
@@ -134,3 +139,41 @@ def test_the_server_is_run_like_vllm_s_own() -> None:
     steps += ["build_async_engine_client(", "build_and_serve(", "await shutdown_task", "sock.close()"]
     require_all((s for s in steps if s not in worker), "steps of run_server_worker", SERVER)
     assert inspect.iscoroutinefunction(entry.build_and_serve)
+    stop = "partial(engine_client.shutdown, timeout=timeout)"
+    require(stop in source(launcher.serve_http), "the end of serve_http", SERVER)
+
+
+class Engine:
+    """As AsyncLLM: it counts as errored once it has been shut down."""
+
+    errored = False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.errored = True
+
+
+@pytest.mark.parametrize(("dies", "is_stopped"), [(False, True), (True, True), (True, False)])
+def test_an_engine_that_is_told_to_end_has_not_died(
+    dies: bool, is_stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine()
+
+    @asynccontextmanager
+    async def build(args: Any) -> AsyncIterator[Engine]:
+        yield engine
+
+    async def serve(engine: Engine, *_: Any) -> Any:
+        engine.errored = dies
+        if is_stopped:
+            engine.shutdown(timeout=60)
+        return asyncio.sleep(0)
+
+    monkeypatch.setattr(entry, "build_async_engine_client", build)
+    monkeypatch.setattr(entry, "build_and_serve", serve)
+    monkeypatch.setattr(launcher, "setup_server", lambda args, reuse_port: ("", socket.socket()))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        died = asyncio.run(_serve(Namespace(tool_parser_plugin="", reasoning_parser_plugin="")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert died is dies
