@@ -1,5 +1,6 @@
 """What can happen to a prefill engine between its answer and the end of the pull, on real engines: the decode engine
-lives on, the tokens are plain vLLM's, and no block is held in the end. The test plays the router."""
+lives on, the tokens are plain vLLM's, and no block is held in the end. The test plays the router. Every block that is
+pulled is compared with its checksum (kv_transfer.checksums)."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import requests
 
+from kv_transfer import checksums
 from services.vllm_server import free_port
 from tests.e2e.conftest import Expected
 from tests.e2e.processes import ENGINE_OPTIONS, Service, start_decode, tknp, wait_for
-from tests.e2e.suite import Ask, around_boundaries, completion, tokens
+from tests.e2e.suite import BLOCK, Ask, around_boundaries, completion, tokens
 from tests.soak.engines import SoakEngine
 
 LEASE_SECONDS = 6
@@ -68,7 +70,13 @@ class Engines:
 @pytest.fixture(scope="module")
 def engines(models: Callable[[str], Path], log_dir: Path, plain_llama: Expected) -> Iterator[Engines]:
     """A prefill engine that always comes back at the same address and under the same name, which is the worst case."""
-    model, side_channel_port = models("llama"), free_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(checksums.VARIABLE, "1")
+        yield from _engines(models("llama"), log_dir)
+
+
+def _engines(model: Path, log_dir: Path) -> Iterator[Engines]:
+    side_channel_port = free_port()
     transfer = {
         "kv_connector": "TokenParallelKVConnector",
         "kv_connector_module_path": "kv_transfer.connector",
@@ -92,6 +100,16 @@ def engines(models: Callable[[str], Path], log_dir: Path, plain_llama: Expected)
     finally:
         decode.stop()
         prefill.stop()
+
+
+def test_every_block_is_compared(engines: Engines, plain_llama: Expected) -> None:
+    asks = ASKS[:3]
+    assert [engines.take(ask, engines.offer(ask)) for ask in asks] == plain_llama(asks)
+    num_blocks = sum(-(-len(ask.body["prompt"]) // BLOCK) for ask in asks)
+    assert engines.decode.metric("tknp_kv_transfer_compared_blocks_total") == num_blocks
+    assert engines.stale("checksum") == 0
+    engines.wait_idle(LEASE_SECONDS + 10)
+    engines.forget()
 
 
 def test_a_lease_that_ran_out_between_offer_and_pull(engines: Engines, plain_llama: Expected) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_
 
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
+from services.vllm_server import free_port
 from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, make_latent_model, prompt, run, world
 from tests.services.building import BLOCK_SIZE, tiny_config
 from tests.soak.handovers import Fate, hand_over
@@ -68,7 +70,7 @@ class Pair:
 
     def settle(self) -> list[str]:
         """Waits until nothing is held on either side. Returns what was stale since the last call."""
-        run(self.prefill, self.decode, until=lambda: self.prefill.is_idle() and self.decode.is_idle())
+        run(self.prefill, self.decode, until=lambda: self.prefill.is_idle() and self.decode.is_idle(), limit=50000)
         for engine in (self.prefill, self.decode):
             assert engine.num_free_blocks == engine.num_usable_blocks
             engine.scheduler.reset_prefix_cache()
@@ -285,6 +287,34 @@ def test_a_stock_prefill_engine_that_is_a_pipeline_is_not_pulled_from(
         assert both.hand_over(tokens, {**both.offer(tokens), "pp_size": 2}) == 100
     assert "the prefill engine is a pipeline of 2 stages" in caplog.text
     assert both.settle() == []
+
+
+def test_half_of_the_ranks_do_not_reach_the_prefill_engine(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = pair(prefill={"kv_lease_duration": 2}, decode={"num_blocks": [40] * 4, "handshake_seconds": 0.5})
+    nobody = free_port()
+    for connector in both.decode.workers[2:]:
+        connect = connector.connector_worker._ensure_handshake
+
+        def misled(engine_id: str, host: str, port: int, *sizes: int, connect: Any = connect) -> Any:
+            return connect(engine_id, host, nobody, *sizes)
+
+        monkeypatch.setattr(connector.connector_worker, "_ensure_handshake", misled)
+
+    def hand_over_eight(seed: int) -> tuple[Counter[int], Counter[int]]:
+        """Ranks that pulled and that failed to."""
+        names = [f"r{seed}-{i}" for i in range(8)]
+        for i, name in enumerate(names):
+            tokens = prompt(100, seed + i)
+            both.decode.add(name, tokens, 3, both.offer(tokens))
+        run(both.prefill, both.decode, until=lambda: all(name in both.decode.answered for name in names), limit=50000)
+        assert both.settle() == []
+        return Counter(both.decode.stats.pop("pull_rank", [])), Counter(both.decode.stats.pop("failure_rank", []))
+
+    assert hand_over_eight(1) == ({0: 2, 1: 2}, {2: 2, 3: 2})
+    monkeypatch.undo()
+    assert hand_over_eight(100) == ({0: 2, 1: 2, 2: 2, 3: 2}, {})
 
 
 def test_a_prefill_engine_of_ours_is_no_pipeline(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
