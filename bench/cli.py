@@ -54,7 +54,13 @@ def router(
     streams: Annotated[
         list[int], typer.Option(min=1, help="Streams at once; give it several times.", show_default="1, 64, 512, 2000")
     ] = [],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each load; medians and their spread are kept.")] = 3,
+    repeats: Annotated[int, typer.Option(min=0, help="Runs of each load; medians and their spread are kept.")] = 3,
+    cost_turns: Annotated[
+        int, typer.Option(min=0, help="Turns in which what a request and a chunk cost is measured, router by router.")
+    ] = 5,
+    hold: Annotated[
+        float, typer.Option(min=0, help="Seconds that ours holds the most streams while its memory is watched.")
+    ] = 120.0,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each load, at least.")] = 3.0,
     name: Annotated[
         list[str], typer.Option("--router", help="Only these: tknp, vllm-router, ...; give it several times.")
@@ -78,7 +84,14 @@ def router(
     from bench.router.report import record, rows, table
     from bench.router.run import Comparison, Plan, compare
 
-    plan = Plan(repeats=repeats, seconds=seconds, routers=tuple(name), modes=tuple(mode))
+    plan = Plan(
+        repeats=repeats,
+        cost_turns=cost_turns,
+        seconds=seconds,
+        hold_seconds=hold,
+        routers=tuple(name),
+        modes=tuple(mode),
+    )
     plan = Plan.quick() if quick else replace(plan, concurrencies=tuple(streams) or plan.concurrencies)
     plan = replace(plan, our_options=tuple(shlex.split(router_args)), peers_dir=peers_dir, log_dir=log_dir)
 
