@@ -18,6 +18,7 @@ from router.types import Endpoint, JsonObject, Role
 if TYPE_CHECKING:
     from router.choice import Chooser
     from router.demand import Demand
+    from router.load import Share
     from router.types import GenerationRequest, LocalPrefill
 
 logger = logging.getLogger(__name__)
@@ -73,17 +74,24 @@ class Engine:
             self.mark_down(failure.detail)
         self.suspected.set()
 
-    @contextmanager
-    def occupied(self, demand: Demand) -> Iterator[None]:
-        """Counts a request and its tokens as outstanding for as long as the block runs, however it ends."""
+    def begin(self, demand: Demand) -> Share:
+        """Counts a request and its tokens as outstanding, until `end` gets what this returns."""
         self.num_outstanding += 1
         self.num_chosen += 1
-        share = self.load.begin(demand)
+        return self.load.begin(demand)
+
+    def end(self, share: Share) -> None:
+        self.num_outstanding -= 1
+        self.load.end(share)
+
+    @contextmanager
+    def occupied(self, demand: Demand) -> Iterator[None]:
+        """`begin` and, however the block ends, `end`."""
+        share = self.begin(demand)
         try:
             yield
         finally:
-            self.num_outstanding -= 1
-            self.load.end(share)
+            self.end(share)
 
 
 def _reader(prefill: Engine, decode: Sequence[Engine]) -> Engine | None:
