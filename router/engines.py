@@ -106,7 +106,7 @@ class EnginePool:
         self.chooser = chooser
         self._breaker_failures = breaker_failures
         self._changed = asyncio.Event()
-        self.engines = [Engine(endpoint, breaker_failures) for endpoint in endpoints]
+        self._set([Engine(endpoint, breaker_failures) for endpoint in endpoints])
 
     def add(self, endpoint: Endpoint) -> Engine:
         """It gets requests once a health check has found it up."""
@@ -119,9 +119,14 @@ class EnginePool:
         self._replace([other for other in self.engines if other is not engine])
 
     def _replace(self, engines: list[Engine]) -> None:
-        self.engines = engines  # a new list: /metrics may be walking the old one on a thread of its own
+        self._set(engines)
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def _set(self, engines: list[Engine]) -> None:
+        # New lists: /metrics may be walking the old ones on a thread of its own.
+        self.engines = engines
+        self._of = {role: [engine for engine in engines if engine.endpoint.role is role] for role in Role}
 
     async def for_each(self, work: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
         """Runs `work` for every engine from when it joins until it leaves. Never ends, unless `work` raises."""
@@ -135,7 +140,7 @@ class EnginePool:
                 await changed.wait()
 
     def of(self, role: Role) -> list[Engine]:
-        return [engine for engine in self.engines if engine.endpoint.role is role]
+        return self._of[role]
 
     def alive(self, role: Role, model: str) -> list[Engine]:
         """The engines that a request for the model may be sent to."""
