@@ -72,6 +72,7 @@ def router(
         Path, typer.Option(help="Virtual environment for the routers to compare with; made if it is not there.")
     ] = Path(".venv-peers"),
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows, the summary and every run.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep the runs that the file holds, and add to them.")] = False,
     log_dir: Annotated[Path, typer.Option(help="Folder for each router's output.")] = Path("logs/bench-router"),
 ) -> None:
     """Our router against others, in front of engines that cost nothing.
@@ -81,7 +82,7 @@ def router(
     import shlex
     from dataclasses import replace
 
-    from bench.router.report import record, rows, table
+    from bench.router.report import read, record, rows, table
     from bench.router.run import Comparison, Plan, compare
 
     plan = Plan(
@@ -95,12 +96,15 @@ def router(
     plan = Plan.quick() if quick else replace(plan, concurrencies=tuple(streams) or plan.concurrencies)
     plan = replace(plan, our_options=tuple(shlex.split(router_args)), peers_dir=peers_dir, log_dir=log_dir)
 
+    before, parts = read(output) if add and output is not None else ([], [])
+
     def keep(known: Comparison) -> None:
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record(known.results, known.environment), indent=1) + "\n")
+            found = record([*before, *known.results], known.environment, parts)
+            output.write_text(json.dumps(found, indent=1) + "\n")
 
-    typer.echo(table(rows(compare(plan, typer.echo, keep).results)))
+    typer.echo(table(rows([*before, *compare(plan, typer.echo, keep).results])))
 
 
 @app.command()

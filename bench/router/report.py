@@ -8,11 +8,13 @@ others. A ratio is that of two routers' costs in one turn, one after the other; 
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from bench.router.load import Result
@@ -231,11 +233,22 @@ def _cell(spread: Spread | None, width: int, digits: int = 0) -> str:
     return f"{spread.median:{width}.{digits}f}" if spread is not None else " " * (width - 1) + "-"
 
 
-def record(results: Sequence[Result], environment: dict[str, Any]) -> dict[str, Any]:
+def read(path: Path) -> tuple[list[Result], list[dict[str, Any]]]:
+    """The runs that a JSON file holds, and the environments in which they were taken; none if there is no such file."""
+    if not path.exists():
+        return [], []
+    known = json.loads(path.read_text())
+    return [Result(**run) for run in known["runs"]], [*known["earlier_environments"], known["environment"]]
+
+
+def record(
+    results: Sequence[Result], environment: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """What the JSON file holds."""
     return {
         **summary(results),
         "environment": environment,
+        "earlier_environments": list(earlier),
         "rows": [asdict(row) for row in rows(results)],
         "runs": [asdict(result) for result in results],
     }

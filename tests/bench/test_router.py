@@ -15,7 +15,7 @@ from bench.cli import app
 from bench.router import peers
 from bench.router.load import Load, Result
 from bench.router.peers import DIRECT, OURS, Mode
-from bench.router.report import FAST, FEW, HELD, LONG, PACED, cost, record, rows, summary, table
+from bench.router.report import FAST, FEW, HELD, LONG, PACED, cost, read, record, rows, summary, table
 from bench.router.run import Plan
 
 RESULT = Result(
@@ -133,6 +133,17 @@ def test_the_memory_line_leaves_out_where_streams_begin_and_end() -> None:
     assert (found["begin"], found["end"]) == (50.0, pytest.approx(55.9))
     assert found["mib_per_minute"] == 6.0
     assert found["each_second"] == line
+
+
+def test_runs_can_be_added_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "router.json"
+    assert read(path) == ([], [])
+    first, second = (runs_of(OURS, Mode.ONE_LEG, 180e-6, 30e-6, rate) for rate in (1000, 3000))
+    path.write_text(json.dumps(record(first, {"at": "then"})))
+    before, parts = read(path)
+    found = record([*before, *second], {"at": "now"}, parts)
+    assert [run["requests_per_second"] for run in found["runs"]] == [1000] * 3 + [3000] * 3
+    assert (found["environment"], found["earlier_environments"]) == ({"at": "now"}, [{"at": "then"}])
 
 
 def test_added_times_are_differences_to_the_client_without_a_router() -> None:
