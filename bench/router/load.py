@@ -32,6 +32,10 @@ SPARE_SECONDS = 30.0
 """What a load may take beyond its time; what runs then is cut off, and counts as an error."""
 
 
+Sample = tuple[float, int]
+"""Seconds since a load's begin, and bytes of resident memory."""
+
+
 @dataclass(frozen=True)
 class Load:
     """`period` 0: every stream as fast as it goes, one after the other, for `seconds`. Otherwise a stream begins every
@@ -88,7 +92,7 @@ class Result:
     num_errors: int
     errors: dict[str, int]
     died: bool
-    rss_line_mib: list[float]  # one sample a second
+    rss_line_mib: list[list[float]]  # one sample a second, each with the seconds since the load's begin
     foreign_cpu: float
     load_cpu: float
 
@@ -140,7 +144,7 @@ async def run_load(
     router_cpu = cpu_seconds(router.pid) - spent if router and not died else 0.0
     busy = busy_seconds(cores) - busy
     line = await _stopped(sampler) if sampler else []
-    peak = max(line, default=None)
+    peak = max((rss for _, rss in line), default=None)
     _check_legs(router, mode, engines, samples)
     return Result(
         router=router.name if router else "direct",
@@ -165,7 +169,7 @@ async def run_load(
         num_errors=sum(samples.errors.values()),
         errors=samples.errors,
         died=died,
-        rss_line_mib=[round(sample / 2**20, 1) for sample in line[:: round(1 / SAMPLE_SECONDS)]],
+        rss_line_mib=[[round(at, 1), round(rss / 2**20, 1)] for at, rss in _each_second(line)],
         foreign_cpu=round(max(0.0, busy - own - router_cpu) / (len(cores) * seconds), 3),
         load_cpu=round(own / seconds, 3),
     )
@@ -228,19 +232,27 @@ async def _run_clients(load: Load, request: bytes, port: int, samples: Samples) 
     await asyncio.gather(*runs, return_exceptions=bool(late))
 
 
-async def _sample_memory(router: RouterProcess) -> list[int]:
+async def _sample_memory(router: RouterProcess) -> list[Sample]:
     """The resident memory in bytes, every SAMPLE_SECONDS until this task is cancelled."""
-    seen = []
+    seen: list[Sample] = []
+    begin = time.monotonic()
     try:
         while router.is_alive:
-            seen.append(rss_bytes(router.pid))
+            seen.append((time.monotonic() - begin, rss_bytes(router.pid)))
             await asyncio.sleep(SAMPLE_SECONDS)
     except asyncio.CancelledError:
         pass
     return seen
 
 
-async def _stopped(sampler: asyncio.Task[list[int]]) -> list[int]:
+def _each_second(line: Sequence[Sample]) -> list[Sample]:
+    """The first sample of each second."""
+    return [
+        sample for before, sample in zip([(-1.0, 0), *line], line, strict=False) if int(before[0]) != int(sample[0])
+    ]
+
+
+async def _stopped(sampler: asyncio.Task[list[Sample]]) -> list[Sample]:
     sampler.cancel()
     return await sampler
 

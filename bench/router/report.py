@@ -9,7 +9,6 @@ others. A ratio is that of two routers' costs in one turn, one after the other; 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -192,11 +191,11 @@ def _rate_ratio(found: Sequence[Row], concurrency: int) -> float | None:
 
 
 def memory_line(held: Result) -> dict[str, Any]:
-    """Resident memory from when all streams are open to when the first of the last round end, and its slope."""
-    samples = held.rss_line_mib
-    period = math.ceil(held.period)
-    steady = samples[period : len(samples) - period]
-    slope = statistics.linear_regression(range(len(steady)), steady).slope if len(steady) > 1 else None
+    """Resident memory from when all streams were open for a round to when the first of the last round end."""
+    line = held.rss_line_mib
+    steady = [mib for at, mib in line if 2 * held.period <= at <= held.seconds - held.period]
+    times = [at for at, _ in line if 2 * held.period <= at <= held.seconds - held.period]
+    slope = statistics.linear_regression(times, steady).slope if len(steady) > 1 else None
     return {
         "streams": held.concurrency,
         "requests": held.num_requests,
@@ -204,8 +203,9 @@ def memory_line(held: Result) -> dict[str, Any]:
         "end": steady[-1] if steady else None,
         "least": min(steady, default=None),
         "most": max(steady, default=None),
+        "seconds": round(times[-1] - times[0], 1) if times else None,
         "mib_per_minute": slope and round(60 * slope, 2),
-        "each_second": samples,
+        "each_second": line,
     }
 
 

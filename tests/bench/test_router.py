@@ -128,8 +128,10 @@ def test_ratios_are_of_routers_in_the_same_turn() -> None:
 
 
 def test_the_memory_line_leaves_out_where_streams_begin_and_end() -> None:
-    line = [10.0, 20.0, 30.0, 40.0, *[50.0 + 0.1 * second for second in range(60)], 30.0, 20.0, 10.0, 10.0]
-    found = summary([replace(RESULT, load=HELD, rss_line_mib=line)])["memory_line_mib"]["one-leg"]
+    memory = [*[10.0 * second for second in range(8)], *[50.0 + 0.1 * n for n in range(60)], 30.0, 20.0, 10.0]
+    line = [[float(second), mib] for second, mib in enumerate(memory)]
+    held = replace(RESULT, load=HELD, seconds=71.0, rss_line_mib=line)
+    found = summary([held])["memory_line_mib"]["one-leg"]
     assert (found["begin"], found["end"]) == (50.0, pytest.approx(55.9))
     assert found["mib_per_minute"] == 6.0
     assert found["each_second"] == line
