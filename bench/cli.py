@@ -103,7 +103,13 @@ def router(
     streams: Annotated[
         list[int], typer.Option(min=1, help="Streams at once; give it several times.", show_default="1, 64, 512, 2000")
     ] = [],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each load; medians and their spread are kept.")] = 3,
+    repeats: Annotated[int, typer.Option(min=0, help="Runs of each load; medians and their spread are kept.")] = 3,
+    cost_turns: Annotated[
+        int, typer.Option(min=0, help="Turns in which what a request and a chunk cost is measured, router by router.")
+    ] = 5,
+    hold: Annotated[
+        float, typer.Option(min=0, help="Seconds that ours holds the most streams while its memory is watched.")
+    ] = 120.0,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of each load, at least.")] = 3.0,
     name: Annotated[
         list[str], typer.Option("--router", help="Only these: tknp, vllm-router, ...; give it several times.")
@@ -115,6 +121,7 @@ def router(
         Path, typer.Option(help="Virtual environment for the routers to compare with; made if it is not there.")
     ] = Path(".venv-peers"),
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows, the summary and every run.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep the runs that the file holds, and add to them.")] = False,
     log_dir: Annotated[Path, typer.Option(help="Folder for each router's output.")] = Path("logs/bench-router"),
 ) -> None:
     """Our router against others, in front of engines that cost nothing.
@@ -124,19 +131,29 @@ def router(
     import shlex
     from dataclasses import replace
 
-    from bench.router.report import record, rows, table
+    from bench.router.report import read, record, rows, table
     from bench.router.run import Comparison, Plan, compare
 
-    plan = Plan(repeats=repeats, seconds=seconds, routers=tuple(name), modes=tuple(mode))
+    plan = Plan(
+        repeats=repeats,
+        cost_turns=cost_turns,
+        seconds=seconds,
+        hold_seconds=hold,
+        routers=tuple(name),
+        modes=tuple(mode),
+    )
     plan = Plan.quick() if quick else replace(plan, concurrencies=tuple(streams) or plan.concurrencies)
     plan = replace(plan, our_options=tuple(shlex.split(router_args)), peers_dir=peers_dir, log_dir=log_dir)
+
+    before, parts = read(output) if add and output is not None else ([], [])
 
     def keep(known: Comparison) -> None:
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record(known.results, known.environment), indent=1) + "\n")
+            found = record([*before, *known.results], known.environment, parts)
+            output.write_text(json.dumps(found, indent=1) + "\n")
 
-    typer.echo(table(rows(compare(plan, typer.echo, keep).results)))
+    typer.echo(table(rows([*before, *compare(plan, typer.echo, keep).results])))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from router.types import Endpoint, JsonObject, Role
 if TYPE_CHECKING:
     from router.choice import Chooser
     from router.demand import Demand
+    from router.load import Share
     from router.types import GenerationRequest, LocalPrefill
 
 logger = logging.getLogger(__name__)
@@ -73,17 +74,24 @@ class Engine:
             self.mark_down(failure.detail)
         self.suspected.set()
 
-    @contextmanager
-    def occupied(self, demand: Demand) -> Iterator[None]:
-        """Counts a request and its tokens as outstanding for as long as the block runs, however it ends."""
+    def begin(self, demand: Demand) -> Share:
+        """Counts a request and its tokens as outstanding, until `end` gets what this returns."""
         self.num_outstanding += 1
         self.num_chosen += 1
-        share = self.load.begin(demand)
+        return self.load.begin(demand)
+
+    def end(self, share: Share) -> None:
+        self.num_outstanding -= 1
+        self.load.end(share)
+
+    @contextmanager
+    def occupied(self, demand: Demand) -> Iterator[None]:
+        """`begin` and, however the block ends, `end`."""
+        share = self.begin(demand)
         try:
             yield
         finally:
-            self.num_outstanding -= 1
-            self.load.end(share)
+            self.end(share)
 
 
 def _reader(prefill: Engine, decode: Sequence[Engine]) -> Engine | None:
@@ -98,7 +106,7 @@ class EnginePool:
         self.chooser = chooser
         self._breaker_failures = breaker_failures
         self._changed = asyncio.Event()
-        self.engines = [Engine(endpoint, breaker_failures) for endpoint in endpoints]
+        self._set([Engine(endpoint, breaker_failures) for endpoint in endpoints])
 
     def add(self, endpoint: Endpoint) -> Engine:
         """It gets requests once a health check has found it up."""
@@ -111,9 +119,14 @@ class EnginePool:
         self._replace([other for other in self.engines if other is not engine])
 
     def _replace(self, engines: list[Engine]) -> None:
-        self.engines = engines  # a new list: /metrics may be walking the old one on a thread of its own
+        self._set(engines)
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def _set(self, engines: list[Engine]) -> None:
+        # New lists: /metrics may be walking the old ones on a thread of its own.
+        self.engines = engines
+        self._of = {role: [engine for engine in engines if engine.endpoint.role is role] for role in Role}
 
     async def for_each(self, work: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
         """Runs `work` for every engine from when it joins until it leaves. Never ends, unless `work` raises."""
@@ -127,7 +140,7 @@ class EnginePool:
                 await changed.wait()
 
     def of(self, role: Role) -> list[Engine]:
-        return [engine for engine in self.engines if engine.endpoint.role is role]
+        return self._of[role]
 
     def alive(self, role: Role, model: str) -> list[Engine]:
         """The engines that a request for the model may be sent to."""

@@ -40,7 +40,7 @@ class GenerationRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: RouterState = scope["app"].state.router
         record = RequestRecord(scope["state"]["request_id"], self._api, scope["state"]["caller"])
-        reply = Reply(send, self._api is Api.RESPONSES, [id_header(scope)], scope["state"].get("outlet"))
+        reply = Reply(send, self._api is Api.RESPONSES, [id_header(scope)], scope["state"]["outlet"])
         state.records.begin(record)
         try:
             await self._answer(state, record, reply, scope, receive)
@@ -57,7 +57,7 @@ class GenerationRoute:
             tape = state.guard.watch(request, reply)
             work = partial(self._serve, state, request, record, reply)
             admitted = state.admission.run(work, terms, record, reply, *self._conditions(state, request))
-            if await run_until_hang_up(admitted, receive):
+            if await run_until_hang_up(admitted, scope["state"]["outlet"]):
                 record.outcome = Outcome.OK
                 if tape is not None:
                     state.guard.check(request, record, tape)

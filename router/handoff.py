@@ -292,9 +292,12 @@ class Handoff:
         attempt = Attempt(engine.endpoint)
         self._record.attempts.append(attempt)
         outcome = Outcome.FAILED
+        share = engine.begin(self._request.demand)
         try:
-            with engine.occupied(self._request.demand):
+            try:
                 yield
+            finally:
+                engine.end(share)
             outcome = Outcome.OK
             engine.succeeded()
         except asyncio.CancelledError:

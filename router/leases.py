@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -35,7 +35,7 @@ class Lease:
 
     request_id: str
     prefill: Endpoint
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
     params: JsonObject | None = None  # where the cache is; None until the prefill engine has answered
     readers: list[Endpoint] = field(default_factory=list)  # decode engines that may have been told
 

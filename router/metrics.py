@@ -48,11 +48,12 @@ class RouterMetrics:
                 registry=registry,
             ),
         }
-        self._requests = Counter(
+        self._ended_legs: dict[tuple[Endpoint, Outcome], Counter] = {}  # children of those
+        requests = Counter(
             "tknp_requests", "Requests that ended, by path and how.", ["endpoint", "outcome"], registry=registry
         )
-        for api, outcome in product((*Api, *Task), Outcome):
-            self._requests.labels(api, outcome)  # a rate misses the first event of a series that begins with it
+        # All at once: a rate misses the first event of a series that begins with it.
+        self._requests = {key: requests.labels(*key) for key in product((*Api, *Task), Outcome)}
         phases = Histogram(
             "tknp_request_phase_seconds",
             "Seconds in each phase of a request's life; docs of router/lifetime.py say between which moments.",
@@ -118,11 +119,17 @@ class RouterMetrics:
         ProcessCollector(registry=registry)
 
     def leg_ended(self, engine: Engine, outcome: Outcome) -> None:
-        self._legs[engine.endpoint.role].labels(engine.endpoint.name, outcome).inc()
+        endpoint = engine.endpoint
+        ended = self._ended_legs.get((endpoint, outcome))
+        if ended is None:
+            ended = self._ended_legs[endpoint, outcome] = self._legs[endpoint.role].labels(endpoint.name, outcome)
+        ended.inc()
 
     def engine_left(self, endpoint: Endpoint) -> None:
         """Drops the series of an engine that is gone for good: a pod's address hardly comes back."""
         self._legs[endpoint.role].remove_by_labels({"engine": endpoint.name})
+        for outcome in Outcome:
+            self._ended_legs.pop((endpoint, outcome), None)
 
     def retried(self, role: Role) -> None:
         self._retries[role].inc()
@@ -144,7 +151,8 @@ class RouterMetrics:
         self._phases[Phase.TRANSFER].observe(seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
-        self._requests.labels(record.api, record.outcome).inc()
+        if record.outcome is not None:
+            self._requests[record.api, record.outcome].inc()
         if record.local_prefill is not None and record.attempts:
             self._local[record.local_prefill].inc()
         for phase, seconds in record.phases().items():

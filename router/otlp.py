@@ -60,7 +60,7 @@ class OtlpTracing:
 
     def begin(self, headers: TraceHeaders) -> TraceContext:
         """The client's decision whether to sample stands; without one it is ours, by the ratio."""
-        span_id = random.randint(1, MAX_SPAN_ID)
+        span_id = random.getrandbits(64) % MAX_SPAN_ID + 1
         parent = _extract(headers) if headers else None
         if parent is None:
             is_sampled = random.random() < self._sample_ratio

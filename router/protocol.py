@@ -57,9 +57,9 @@ def limited_protocol(settings: RouterSettings) -> type[asyncio.Protocol]:
             self._await_headers()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.outlet.is_shut = True
             self._headers_came()
             super().connection_lost(exc)
+            self.outlet.lose()
 
         def pause_writing(self) -> None:
             self.outlet.is_shut = True

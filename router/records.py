@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections import OrderedDict
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ class RecordStore:
         is_valid = wanted and len(wanted) <= MAX_ID_LENGTH and all("!" <= char <= "~" for char in wanted)
         if wanted and is_valid and wanted not in self._in_flight:
             return wanted
-        return f"req-{uuid.uuid4().hex}"
+        return f"req-{secrets.token_hex(16)}"
 
     def begin(self, record: RequestRecord) -> None:
         self._in_flight[record.id] = record

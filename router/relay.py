@@ -93,14 +93,18 @@ class StreamRelay:
             raise EngineFailure(self._endpoint, FailureKind.DISCONNECT, "its stream ended early")
         self._record.mark(Moment.LAST_TOKEN)
 
-    def _take(self, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """The hot path, once for every token of every stream: whole events and nothing special."""
+    def _take(self, data: bytes, chunk: bytes | None) -> Coroutine[Any, Any, None] | None:
+        """The hot path, once for every token of every stream: whole events and nothing special.
+
+        `chunk` is all of the engine's chunk, which the client gets as it is unless something was taken out of it.
+        """
         at = self._now()
         if at >= self._plain_until or ERROR in data or not (data.startswith(b"data:") and data.endswith(b"\n\n")):
             return self._take_other(at, data)
         self._observe_gap(at - self._before)
         self._before = at
-        return self._reply.push(self._noted(data))
+        events = self._noted(data)
+        return self._reply.push(events, chunk if events is data else None)
 
     def _take_other(self, at: float, data: bytes) -> Coroutine[Any, Any, None] | None:
         events = self._whole_events(data)

@@ -62,12 +62,15 @@ class Reply:
             ],
         )
 
-    def push(self, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """Sends a part of the stream, at once if the client takes it; otherwise what is returned must be awaited."""
+    def push(self, data: bytes, chunk: bytes | None = None) -> Coroutine[Any, Any, None] | None:
+        """Sends a part of the stream, at once if the client takes it; otherwise what is returned must be awaited.
+
+        `chunk` is the same as a chunk of HTTP/1.1, if it is at hand.
+        """
         outlet = self._outlet
         if outlet is None or outlet.is_shut:
             return self.chunk(data)
-        outlet.write(b"%x\r\n%b\r\n" % (len(data), data))
+        outlet.write(b"%x\r\n%b\r\n" % (len(data), data) if chunk is None else chunk)
         if self._keep is not None:
             self._keep(data)
         return None

@@ -69,12 +69,9 @@ async def post(
 
     Cancelling closes the connection, which makes vLLM abort the request.
     """
-    headers = {
-        "Content-Type": "application/json",
-        "X-Request-Id": request.id,
-        **dict(trace_headers or request.trace_headers),
-    }
-    response = await session.post(endpoint.url + request.api, data=body, headers=headers, allow_redirects=False)
+    headers = {"X-Request-Id": request.id, **dict(trace_headers or request.trace_headers)}
+    data = aiohttp.BytesPayload(body, content_type="application/json")  # else aiohttp tries every type that it knows
+    response = await session.post(endpoint.url + request.api, data=data, headers=headers, allow_redirects=False)
     if response.status == 200:
         return response
     async with response:

@@ -27,20 +27,27 @@ if TYPE_CHECKING:
 _PROMPT = "The quick brown fox jumps over the lazy dog. " * 12  # about 128 tokens
 HANG_SECONDS = 60.0
 """What is not over this long after its time counts as hung."""
+SAMPLE_SECONDS = 0.2
 SPARE_SECONDS = 30.0
 """What a load may take beyond its time; what runs then is cut off, and counts as an error."""
+
+
+Sample = tuple[float, int]
+"""Seconds since a load's begin, and bytes of resident memory."""
 
 
 @dataclass(frozen=True)
 class Load:
     """`period` 0: every stream as fast as it goes, one after the other, for `seconds`. Otherwise a stream begins every
-    `period` seconds on each connection, spread evenly over them, and its events over the period."""
+    `period` seconds on each connection, and its events are spread evenly over the period; the connections begin one
+    after the other, within `ramp` seconds (None: within a period)."""
 
     name: str
     concurrency: int
     num_events: int
     seconds: float
     period: float = 0.0
+    ramp: float | None = None
 
     @property
     def interval(self) -> float:
@@ -68,6 +75,7 @@ class Result:
     load: str
     concurrency: int
     num_events_per_stream: int
+    period: float  # s
     seconds: float
     num_requests: int
     num_events: int
@@ -84,6 +92,7 @@ class Result:
     num_errors: int
     errors: dict[str, int]
     died: bool
+    rss_line_mib: list[list[float]]  # one sample a second, each with the seconds since the load's begin
     foreign_cpu: float
     load_cpu: float
 
@@ -134,7 +143,8 @@ async def run_load(
     died = router is not None and not router.is_alive
     router_cpu = cpu_seconds(router.pid) - spent if router and not died else 0.0
     busy = busy_seconds(cores) - busy
-    peak = await _stopped(sampler) if sampler else None
+    line = await _stopped(sampler) if sampler else []
+    peak = max((rss for _, rss in line), default=None)
     _check_legs(router, mode, engines, samples)
     return Result(
         router=router.name if router else "direct",
@@ -142,6 +152,7 @@ async def run_load(
         load=load.name,
         concurrency=load.concurrency,
         num_events_per_stream=load.num_events,
+        period=load.period,
         seconds=round(seconds, 3),
         num_requests=samples.num_requests,
         num_events=samples.num_events,
@@ -158,6 +169,7 @@ async def run_load(
         num_errors=sum(samples.errors.values()),
         errors=samples.errors,
         died=died,
+        rss_line_mib=[[round(at, 1), round(rss / 2**20, 1)] for at, rss in _each_second(line)],
         foreign_cpu=round(max(0.0, busy - own - router_cpu) / (len(cores) * seconds), 3),
         load_cpu=round(own / seconds, 3),
     )
@@ -184,6 +196,7 @@ def _check_legs(
 async def _run_clients(load: Load, request: bytes, port: int, samples: Samples) -> None:
     loop = asyncio.get_running_loop()
     begin = loop.time()
+    ramp = load.period if load.ramp is None else load.ramp
 
     async def connect() -> StreamClient:
         _, client = await loop.create_connection(lambda: StreamClient(samples), "127.0.0.1", port)
@@ -193,7 +206,7 @@ async def _run_clients(load: Load, request: bytes, port: int, samples: Samples) 
         client: StreamClient | None = None
         for turn in range(load.num_rounds) if load.period else iter(int, 1):
             if load.period:
-                due = begin + (turn + number / load.concurrency) * load.period
+                due = begin + turn * load.period + number / load.concurrency * ramp
                 await asyncio.sleep(max(0.0, due - loop.time()))
             elif loop.time() - begin >= load.seconds:
                 break
@@ -219,19 +232,27 @@ async def _run_clients(load: Load, request: bytes, port: int, samples: Samples) 
     await asyncio.gather(*runs, return_exceptions=bool(late))
 
 
-async def _sample_memory(router: RouterProcess) -> int:
-    """The highest resident memory seen until this task is cancelled."""
-    highest = 0
+async def _sample_memory(router: RouterProcess) -> list[Sample]:
+    """The resident memory in bytes, every SAMPLE_SECONDS until this task is cancelled."""
+    seen: list[Sample] = []
+    begin = time.monotonic()
     try:
         while router.is_alive:
-            highest = max(highest, rss_bytes(router.pid))
-            await asyncio.sleep(0.2)
+            seen.append((time.monotonic() - begin, rss_bytes(router.pid)))
+            await asyncio.sleep(SAMPLE_SECONDS)
     except asyncio.CancelledError:
         pass
-    return highest
+    return seen
 
 
-async def _stopped(sampler: asyncio.Task[int]) -> int:
+def _each_second(line: Sequence[Sample]) -> list[Sample]:
+    """The first sample of each second."""
+    return [
+        sample for before, sample in zip([(-1.0, 0), *line], line, strict=False) if int(before[0]) != int(sample[0])
+    ]
+
+
+async def _stopped(sampler: asyncio.Task[list[Sample]]) -> list[Sample]:
     sampler.cancel()
     return await sampler
 

@@ -1,16 +1,19 @@
 """From single runs to rows, the summary and the table.
 
 What a request and a streamed chunk cost comes from two loads that differ in nothing but the chunks of a stream: with
-CPU time c, r requests and e chunks in each, c = a r + b e has one solution (a, b). Chunks are paced, so that none are
-read together with others.
+CPU time c, r requests and e chunks in each, c = a r + b e has one solution (a, b). One has many chunks a request, the
+other has two, so that either cost is most of one load's time. Chunks are paced, so that none are read together with
+others. A ratio is that of two routers' costs in one turn, one after the other; the median of all turns counts.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from bench.router.load import Result
@@ -18,8 +21,8 @@ from bench.router.peers import DIRECT, OURS, Mode
 
 NOISY = 0.10
 """Share of the two cores that others may use in a run that counts, unless all runs had more."""
-FAST, PACED, FEW = "fast", "paced", "few"
-"""Loads: streams as fast as they go; paced streams; paced streams of few chunks."""
+FAST, PACED, LONG, FEW, HELD = "fast", "paced", "long", "few", "held"
+"""Loads: streams as fast as they go; paced streams; such of many chunks, and of few; and as many as there are, long."""
 REFERENCE, HTTPX = "vllm-router", "fastapi-httpx"
 
 
@@ -80,7 +83,7 @@ def _same_load(one: Result, other: Result) -> bool:
 
 def _row(runs: list[Result], baseline: dict[tuple[str, int], list[Result]]) -> Row:
     first = runs[0]
-    fast, paced, few = ([r for r in runs if r.load == name] for name in (FAST, PACED, FEW))
+    fast, paced = ([r for r in runs if r.load == name] for name in (FAST, PACED))
     direct = baseline.get((PACED, first.concurrency), [])
 
     def added(field: str) -> Spread | None:
@@ -90,7 +93,7 @@ def _row(runs: list[Result], baseline: dict[tuple[str, int], list[Result]]) -> R
             return None
         return Spread.of([value - statistics.median(base) for value in values])
 
-    costs = [solution for pair in zip(paced, few, strict=False) if (solution := cost(*pair)) is not None]
+    costs = [solution for solution in _costs(runs) if solution is not None]
     return Row(
         router=first.router,
         mode=first.mode,
@@ -113,6 +116,13 @@ def _row(runs: list[Result], baseline: dict[tuple[str, int], list[Result]]) -> R
     )
 
 
+def _costs(runs: Iterable[Result]) -> list[tuple[float, float] | None]:
+    """Of each turn, what `cost` makes of it."""
+    runs = list(runs)
+    long, few = ([r for r in runs if r.load == name] for name in (LONG, FEW))
+    return list(map(cost, long, few))
+
+
 def cost(many: Result, few: Result) -> tuple[float, float] | None:
     """Seconds of CPU for a request and for a chunk; None where a router died or the loads don't tell them apart."""
     if many.died or few.died or many.router_cpu_seconds is None or few.router_cpu_seconds is None:
@@ -130,26 +140,20 @@ def _quiet(runs: Iterable[Result]) -> list[Result]:
     return [r for r in runs if r.foreign_cpu <= NOISY] or runs
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
+def summary(results: Sequence[Result]) -> dict[str, Any]:
     """The figures by which our router is judged. Each ratio that exists for both modes is the worse one."""
-    by_mode: dict[str, dict[str, float]] = {}
-    for mode in Mode:
-        ratios = {
-            "cpu_per_request_ratio": _ratio(rows, mode, REFERENCE, "cpu_per_request_us"),
-            "cpu_per_chunk_ratio": _ratio(rows, mode, REFERENCE, "cpu_per_chunk_us"),
-        }
-        by_mode[mode.value] = {name: value for name, value in ratios.items() if value is not None}
+    by_mode = {mode.value: cost_ratios(results, mode) for mode in Mode}
     worst = {
-        name: max((found[name] for found in by_mode.values() if name in found), default=None)
+        name: max((found[name].median for found in by_mode.values() if name in found), default=None)
         for name in ("cpu_per_request_ratio", "cpu_per_chunk_ratio")
     }
-    ours = [row for row in rows if row.router == OURS]
+    found = rows(results)
+    ours = [row for row in found if row.router == OURS]
     largest = max((row.concurrency for row in ours), default=0)
     httpx = {
         str(row.concurrency): ratio
         for row in ours
-        if row.mode == Mode.ONE_LEG
-        and (ratio := _ratio(rows, Mode.ONE_LEG, HTTPX, "requests_per_second", row.concurrency)) is not None
+        if row.mode == Mode.ONE_LEG and (ratio := _rate_ratio(found, row.concurrency)) is not None
     }
     return {
         **worst,
@@ -157,20 +161,52 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "requests_per_second_ratio_httpx": httpx.get("64"),
         "errors_at_2000": sum(r.num_errors for r in ours if r.concurrency == 2000) if largest == 2000 else None,
         "restarts": sum(row.num_restarts for row in ours),
-        "by_mode": by_mode,
+        "by_mode": {
+            mode: {name: asdict(spread) for name, spread in ratios.items()} for mode, ratios in by_mode.items()
+        },
         "requests_per_second_ratio_httpx_by_streams": httpx,
-        "memory_at_most_streams_mib": {row.mode: row.rss_mib for row in ours if row.concurrency == largest},
+        "memory_line_mib": {r.mode: memory_line(r) for r in results if r.load == HELD and r.router == OURS},
     }
 
 
-def _ratio(rows: Sequence[Row], mode: Mode, other: str, field: str, concurrency: int | None = None) -> float | None:
-    """Ours over the other's, both in the same mode and at the same number of streams."""
-    found: dict[str, float] = {}
-    for row in rows:
-        spread: Spread | None = getattr(row, field)
-        if row.mode == mode and spread is not None and concurrency in (None, row.concurrency):
-            found[row.router] = spread.median
-    return round(found[OURS] / found[other], 2) if found.get(OURS) is not None and found.get(other) else None
+def cost_ratios(results: Sequence[Result], mode: Mode) -> dict[str, Spread]:
+    """Ours over the reference's CPU, of each turn that both lived through."""
+    ours, theirs = (_costs(r for r in results if (r.router, r.mode) == (name, mode)) for name in (OURS, REFERENCE))
+    pairs = [(own, other) for own, other in zip(ours, theirs, strict=False) if own and other]
+    ratios = {
+        name: Spread.of([own[which] / other[which] for own, other in pairs if other[which] > 0])
+        for which, name in enumerate(("cpu_per_request_ratio", "cpu_per_chunk_ratio"))
+    }
+    return {name: spread for name, spread in ratios.items() if spread is not None}
+
+
+def _rate_ratio(found: Sequence[Row], concurrency: int) -> float | None:
+    """Ours over the httpx proxy's requests a second, in one leg."""
+    rates = {
+        row.router: row.requests_per_second.median
+        for row in found
+        if row.mode == Mode.ONE_LEG and row.concurrency == concurrency and row.requests_per_second is not None
+    }
+    return round(rates[OURS] / rates[HTTPX], 2) if OURS in rates and rates.get(HTTPX) else None
+
+
+def memory_line(held: Result) -> dict[str, Any]:
+    """Resident memory from when all streams were open for a round to when the first of the last round end."""
+    line = held.rss_line_mib
+    steady = [mib for at, mib in line if 2 * held.period <= at <= held.seconds - held.period]
+    times = [at for at, _ in line if 2 * held.period <= at <= held.seconds - held.period]
+    slope = statistics.linear_regression(times, steady).slope if len(steady) > 1 else None
+    return {
+        "streams": held.concurrency,
+        "requests": held.num_requests,
+        "begin": steady[0] if steady else None,
+        "end": steady[-1] if steady else None,
+        "least": min(steady, default=None),
+        "most": max(steady, default=None),
+        "seconds": round(times[-1] - times[0], 1) if times else None,
+        "mib_per_minute": slope and round(60 * slope, 2),
+        "each_second": line,
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -197,12 +233,22 @@ def _cell(spread: Spread | None, width: int, digits: int = 0) -> str:
     return f"{spread.median:{width}.{digits}f}" if spread is not None else " " * (width - 1) + "-"
 
 
-def record(results: Sequence[Result], environment: dict[str, Any]) -> dict[str, Any]:
+def read(path: Path) -> tuple[list[Result], list[dict[str, Any]]]:
+    """The runs that a JSON file holds, and the environments in which they were taken; none if there is no such file."""
+    if not path.exists():
+        return [], []
+    known = json.loads(path.read_text())
+    return [Result(**run) for run in known["runs"]], [*known["earlier_environments"], known["environment"]]
+
+
+def record(
+    results: Sequence[Result], environment: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """What the JSON file holds."""
-    found = rows(results)
     return {
-        **summary(found),
+        **summary(results),
         "environment": environment,
-        "rows": [asdict(row) for row in found],
+        "earlier_environments": list(earlier),
+        "rows": [asdict(row) for row in rows(results)],
         "runs": [asdict(result) for result in results],
     }

@@ -8,9 +8,10 @@ import platform
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,20 @@ import uvloop
 
 from bench.router.engine import FakeEngine
 from bench.router.load import Load, Result, pin, request_body, run_load
-from bench.router.peers import DIRECT, REQUIREMENTS, ROUTERS, Mode, PeersMissingError, Router, Start, install, versions
+from bench.router.peers import (
+    DIRECT,
+    OURS,
+    REQUIREMENTS,
+    ROUTERS,
+    Mode,
+    PeersMissingError,
+    Router,
+    Start,
+    install,
+    versions,
+)
 from bench.router.process import API_KEY, RouterFailedError, RouterProcess, free_port
-from bench.router.report import FAST, FEW, PACED
+from bench.router.report import FAST, FEW, HELD, LONG, PACED
 from tknp import __version__
 
 STREAMS_PER_SECOND = 250.0
@@ -35,8 +47,11 @@ class Plan:
 
     concurrencies: tuple[int, ...] = (1, 64, 512, 2000)
     repeats: int = 3
+    cost_turns: int = 5  # what a request and a chunk cost is measured so often
     seconds: float = 3.0
+    hold_seconds: float = 120.0  # the most streams at once; 0 for not
     num_events: int = 16
+    num_long_events: int = 256
     routers: tuple[str, ...] = ()  # names; empty is all
     modes: tuple[str, ...] = ()
     our_options: tuple[str, ...] = ()
@@ -46,11 +61,10 @@ class Plan:
     @classmethod
     def quick(cls) -> Plan:
         """A smoke test: ours alone, seconds."""
-        return cls(concurrencies=(8, 64), repeats=1, seconds=0.5, routers=("tknp",))
+        return cls((8, 64), repeats=1, cost_turns=1, seconds=0.5, hold_seconds=0, num_long_events=32, routers=("tknp",))
 
     def loads(self, most_streams: int | None = None, repeat: int = 0) -> Iterator[Load]:
         """Of the turn number `repeat`: large loads take long and vary little, so they have half as many turns."""
-        cost = COST_CONCURRENCY if COST_CONCURRENCY in self.concurrencies else self.concurrencies[-1]
         for concurrency in self.concurrencies:
             if concurrency > COST_CONCURRENCY and 2 * repeat > self.repeats:
                 continue
@@ -60,8 +74,17 @@ class Plan:
             period = max(concurrency / STREAMS_PER_SECOND, 0.5) if concurrency > 1 else 0.002 * self.num_events
             yield Load(FAST, concurrency, 8, self.seconds)
             yield Load(PACED, concurrency, self.num_events, self.seconds, period)
-            if concurrency == cost:
-                yield Load(FEW, concurrency, 2, self.seconds, period)
+
+    def cost_loads(self) -> tuple[Load, Load]:
+        """Nearly all chunks, and nearly all requests; a stream's chunks come as far apart as in the paced load."""
+        period = 0.5 * self.num_long_events / self.num_events
+        ramp = COST_CONCURRENCY / STREAMS_PER_SECOND  # its moments fall between those of the chunks
+        long = Load(LONG, COST_CONCURRENCY, self.num_long_events, period, period, ramp)
+        return long, Load(FEW, COST_CONCURRENCY, 2, 2 * self.seconds, 0.5)
+
+    def held_load(self) -> Load:
+        most = max(self.concurrencies)
+        return Load(HELD, most, self.num_events, self.hold_seconds, most / STREAMS_PER_SECOND)
 
     def chosen(self) -> list[Router]:
         named = [r for r in ROUTERS if not self.routers or r.name in self.routers]
@@ -126,6 +149,10 @@ async def _compare(
                 tell(str(error))
                 known.environment["not_measured"][f"{router.name} {router.mode}"] = str(error)
             keep(known)
+        for mode in Mode:
+            chosen = [router for router in routers if router.mode is mode]
+            known.results.extend(await _measure_costs(plan, chosen, python, engines, cores, tell))
+            keep(known)
     finally:
         for engine in engines:
             await engine.stop()
@@ -153,27 +180,78 @@ async def _measure(
     tell: Callable[[str], None],
 ) -> list[Result]:
     """One router, in one life unless it dies; its memory is followed over all repeats."""
-    prefill, decode = engines
     results: list[Result] = []
     process: RouterProcess | None = None
     try:
         for repeat in range(plan.repeats):
             for load in plan.loads(router.most_streams, repeat):
                 if process is None or not process.is_alive:
-                    urls = prefill.url, decode.url
-                    start = Start(python, free_port(), free_port(), *urls, keys_file(plan), plan.our_options)
-                    log = plan.log_dir / f"{router.name}-{router.mode}.log"
-                    process = RouterProcess(router.name, router.command(start), start.port, cores[0], log)
-                    await asyncio.to_thread(process.wait_ready, request_body(router.mode, 1, stream=False))
-                    warm_up = replace(load, name="warm-up", seconds=0.5, period=0.0, concurrency=8)
-                    await run_load(warm_up, router.mode, engines, process.port, cores, process)
-                result = await run_load(load, router.mode, engines, process.port, cores, process)
-                tell(_line(result))
-                results.append(result)
+                    process = await _start(plan, router, python, engines, cores)
+                results.append(await _told(load, router, engines, cores, process, tell))
+        if router.name == OURS and plan.hold_seconds and process is not None and process.is_alive:
+            results.append(await _told(plan.held_load(), router, engines, cores, process, tell))
     finally:
         if process is not None:
             await asyncio.to_thread(process.stop)
     return results
+
+
+async def _measure_costs(
+    plan: Plan,
+    routers: Sequence[Router],
+    python: Path,
+    engines: tuple[FakeEngine, FakeEngine],
+    cores: tuple[int, int],
+    tell: Callable[[str], None],
+) -> list[Result]:
+    """The routers of one mode take turns, so that whatever else the machine does meets all of them alike."""
+    results: list[Result] = []
+    processes: dict[str, RouterProcess] = {}
+    try:
+        for turn, router in product(range(plan.cost_turns), routers):
+            try:
+                if router.name not in processes or not processes[router.name].is_alive:
+                    processes[router.name] = await _start(plan, router, python, engines, cores)
+            except RouterFailedError as error:
+                tell(f"Turn {turn}: {error}")
+                continue
+            process = processes[router.name]
+            for load in plan.cost_loads():
+                results.append(await _told(load, router, engines, cores, process, tell))
+    finally:
+        for process in processes.values():
+            await asyncio.to_thread(process.stop)
+    return results
+
+
+async def _start(
+    plan: Plan, router: Router, python: Path, engines: tuple[FakeEngine, FakeEngine], cores: tuple[int, int]
+) -> RouterProcess:
+    """It has answered requests when this returns. Raises RouterFailedError."""
+    prefill, decode = engines
+    start = Start(python, free_port(), free_port(), prefill.url, decode.url, keys_file(plan), plan.our_options)
+    log = plan.log_dir / f"{router.name}-{router.mode}.log"
+    process = RouterProcess(router.name, router.command(start), start.port, cores[0], log)
+    try:
+        await asyncio.to_thread(process.wait_ready, request_body(router.mode, 1, stream=False))
+        await run_load(Load("warm-up", 8, 8, 0.5), router.mode, engines, process.port, cores, process)
+    except BaseException:
+        await asyncio.to_thread(process.stop)
+        raise
+    return process
+
+
+async def _told(
+    load: Load,
+    router: Router,
+    engines: tuple[FakeEngine, FakeEngine],
+    cores: tuple[int, int],
+    process: RouterProcess,
+    tell: Callable[[str], None],
+) -> Result:
+    result = await run_load(load, router.mode, engines, process.port, cores, process)
+    tell(_line(result))
+    return result
 
 
 def keys_file(plan: Plan) -> Path:
@@ -226,5 +304,5 @@ def _environment(plan: Plan) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"tknp": __version__, "uvloop": version("uvloop")},
         "plan": settings,
-        "loads": [asdict(load) for load in plan.loads()],
+        "loads": [asdict(load) for load in (*plan.loads(), *plan.cost_loads(), plan.held_load())],
     }

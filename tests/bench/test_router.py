@@ -15,7 +15,7 @@ from bench.cli import app
 from bench.router import peers
 from bench.router.load import Load, Result
 from bench.router.peers import DIRECT, OURS, Mode
-from bench.router.report import FAST, FEW, PACED, cost, record, rows, summary, table
+from bench.router.report import FAST, FEW, HELD, LONG, PACED, cost, read, record, rows, summary, table
 from bench.router.run import Plan
 
 RESULT = Result(
@@ -24,6 +24,7 @@ RESULT = Result(
     load=PACED,
     concurrency=64,
     num_events_per_stream=16,
+    period=4.0,
     seconds=4.0,
     num_requests=1000,
     num_events=16_000,
@@ -40,13 +41,14 @@ RESULT = Result(
     num_errors=0,
     errors={},
     died=False,
+    rss_line_mib=[],
     foreign_cpu=0.01,
     load_cpu=0.4,
 )
 
 
 def runs_of(router: str, mode: Mode, per_request: float, per_chunk: float, per_second: float) -> list[Result]:
-    """Three loads whose CPU is what the costs, in seconds, make it."""
+    """Loads whose CPU is what the costs, in seconds, make it."""
 
     def run(load: str, num_events: int) -> Result:
         cpu = 1000 * per_request + 1000 * num_events * per_chunk
@@ -60,7 +62,7 @@ def runs_of(router: str, mode: Mode, per_request: float, per_chunk: float, per_s
             requests_per_second=per_second,
         )
 
-    return [run(FAST, 8), run(PACED, 16), run(FEW, 2)]
+    return [run(FAST, 8), run(LONG, 256), run(FEW, 2)]
 
 
 def test_it_runs(tmp_path: Path) -> None:
@@ -101,8 +103,9 @@ def test_the_summary_compares_like_with_like_and_keeps_the_worse_mode() -> None:
         *runs_of("vllm-router", Mode.TWO_LEG, 160e-6, 25e-6, 5000),
         replace(RESULT, mode=Mode.TWO_LEG, concurrency=2000, num_errors=3, errors={"status 503": 3}),
     ]
-    found = summary(rows(results))
-    assert found["by_mode"] == {
+    found = summary(results)
+    medians = {mode: {name: s["median"] for name, s in found["by_mode"][mode].items()} for mode in found["by_mode"]}
+    assert medians == {
         "one-leg": {"cpu_per_request_ratio": 1.8, "cpu_per_chunk_ratio": 1.5},
         "two-leg": {"cpu_per_request_ratio": 2.5, "cpu_per_chunk_ratio": 1.2},
     }
@@ -111,6 +114,38 @@ def test_the_summary_compares_like_with_like_and_keeps_the_worse_mode() -> None:
     assert found["errors_at_2000"] == 3
     assert record(results, {})["runs"][0]["router"] == OURS
     assert "fastapi-httpx" in table(rows(results))
+
+
+def test_ratios_are_of_routers_in_the_same_turn() -> None:
+    turns = [
+        run
+        for slowness in (1, 3, 2)
+        for name, per_chunk in ((OURS, 30e-6), ("vllm-router", 20e-6))
+        for run in runs_of(name, Mode.ONE_LEG, slowness * 100e-6, slowness * per_chunk, 4000)
+    ]
+    found = summary(turns)["by_mode"]["one-leg"]["cpu_per_chunk_ratio"]
+    assert found == {"median": 1.5, "low": 1.5, "high": 1.5}
+
+
+def test_the_memory_line_leaves_out_where_streams_begin_and_end() -> None:
+    memory = [*[10.0 * second for second in range(8)], *[50.0 + 0.1 * n for n in range(60)], 30.0, 20.0, 10.0]
+    line = [[float(second), mib] for second, mib in enumerate(memory)]
+    held = replace(RESULT, load=HELD, seconds=71.0, rss_line_mib=line)
+    found = summary([held])["memory_line_mib"]["one-leg"]
+    assert (found["begin"], found["end"]) == (50.0, pytest.approx(55.9))
+    assert found["mib_per_minute"] == 6.0
+    assert found["each_second"] == line
+
+
+def test_runs_can_be_added_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "router.json"
+    assert read(path) == ([], [])
+    first, second = (runs_of(OURS, Mode.ONE_LEG, 180e-6, 30e-6, rate) for rate in (1000, 3000))
+    path.write_text(json.dumps(record(first, {"at": "then"})))
+    before, parts = read(path)
+    found = record([*before, *second], {"at": "now"}, parts)
+    assert [run["requests_per_second"] for run in found["runs"]] == [1000] * 3 + [3000] * 3
+    assert (found["environment"], found["earlier_environments"]) == ({"at": "now"}, [{"at": "then"}])
 
 
 def test_added_times_are_differences_to_the_client_without_a_router() -> None:
@@ -138,8 +173,8 @@ def test_peers_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_paced_loads_keep_the_rate_within_what_a_router_can_do() -> None:
-    for load in Plan().loads():
+    for load in (*Plan().loads(), *Plan().cost_loads(), Plan().held_load()):
         if load.name != FAST and load.concurrency > 1:
-            assert load.concurrency / load.period <= 250
+            assert load.concurrency / (load.ramp or load.period) <= 250
             assert load.interval * load.num_events == pytest.approx(load.period)
     assert Load(PACED, 1, 16, 3.0, 0.032).num_rounds == 94
