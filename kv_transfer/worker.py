@@ -17,12 +17,13 @@ from vllm.platforms import current_platform
 
 from kv_transfer import checksums
 from kv_transfer.agent import make_agent
-from kv_transfer.direct.path import choose_path
 from kv_transfer.handshakes import HandshakeExecutor
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
+from kv_transfer.packed.read import PeerLostError
+from kv_transfer.path import choose_path
 from tknp.common.partition import RankPlace, get_place
 from tknp.common.silence import SilenceLimit
 
@@ -49,8 +50,8 @@ _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
 aborted."""
 
-_DISCONNECTED = "nixlRemoteDisconnectError"
-"""NIXL's exception, by name, since its module is called after the CUDA version."""
+_DISCONNECTED = ("nixlRemoteDisconnectError", PeerLostError.__name__)
+"""NIXL's exception, by name, since its module is called after the CUDA version, and ours."""
 
 
 @dataclass
@@ -272,7 +273,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         # A connection that timed out stays dead, but NIXL 1.5 keeps the metadata by which vLLM sees that it has to
         # shake hands again (_cleanup_remote_engines): this rank would never pull from that engine again.
         meta = self._recving_metadata.get(req_id)
-        if type(sys.exception()).__name__ == _DISCONNECTED and meta is not None and meta.remote is not None:
+        if type(sys.exception()).__name__ in _DISCONNECTED and meta is not None and meta.remote is not None:
             engine_id = meta.remote.engine_id
             if engine_id in self._remote_agents and engine_id not in self._invalid_remote_engines:
                 self._mark_remote_engine_invalid(engine_id, time.perf_counter())
@@ -389,6 +390,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
     def shutdown(self) -> None:
         if hasattr(self, "_checks"):
             self._checks.shutdown()
+            self._path.close()
         super().shutdown()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
