@@ -15,7 +15,7 @@ from kv_transfer.packed.read import PackedRead, PeerLostError
 
 logger = init_logger(f"vllm.{__name__}")
 
-_SETTLE_POLL_SECONDS = 5e-5
+_SETTLE_POLL_SECONDS = 1e-4
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class Staging:
         Raises:
             RuntimeError, NIXL's errors: no memory, or NIXL can't use it.
         """
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)  # UCX looks for this thread's CUDA context
         self.slot_bytes = num_bytes // NUM_SLOTS // _PAGE * _PAGE
         self._data = torch.empty(NUM_SLOTS * self.slot_bytes + _PAGE, dtype=torch.uint8, device=device)
         self.slots = [Slot(i, self._data[i * self.slot_bytes :][: self.slot_bytes]) for i in range(NUM_SLOTS)]
