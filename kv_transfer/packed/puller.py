@@ -42,7 +42,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 _ORDERS_PER_PEER = NUM_SLOTS // 2
 """At a time, so that a worker that does not answer leaves slots to the others."""
-_OPEN_SECONDS = 10.0
+_OPEN_SECONDS = 5.0
 _IDLE_SECONDS = 1.0
 _POLL_SECONDS = {"cuda": 5e-5, "cpu": 5e-4}
 
