@@ -23,6 +23,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
 
+from kv_transfer import idle
 from kv_transfer.metadata import TransferReport
 from kv_transfer.metrics import TransferMetrics, TransferStats
 from kv_transfer.scheduler import TokenParallelConnectorScheduler
@@ -47,6 +48,7 @@ class TokenParallelKVConnector(NixlPullConnector):
             )
         self._tensor_parallel_size: int = vllm_config.parallel_config.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
+            idle.install()
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             self.connector_worker = TokenParallelConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
@@ -62,6 +64,11 @@ class TokenParallelKVConnector(NixlPullConnector):
         if self.connector_scheduler is not None:
             return self.connector_scheduler.take_stats()
         return super().get_kv_connector_stats()
+
+    def rest_seconds(self, has_unfinished: bool) -> float:
+        """In the engine's process: see TokenParallelConnectorScheduler.rest_seconds."""
+        assert self.connector_scheduler is not None
+        return self.connector_scheduler.rest_seconds(has_unfinished)
 
     def release_lease(self, lease_id: str) -> None:
         """On a prefill worker: see TokenParallelConnectorWorker.release_lease."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,9 +102,19 @@ class LeaseChecks:
     def __len__(self) -> int:
         return len(self._checks)
 
-    def poll(self, request_id: str) -> Verdict:
+    def poll(self, request_id: str, patience: float = 0.0) -> Verdict:
         """To be called once all of the request's reads are done, until it is no more pending; the check is then
-        forgotten."""
+        forgotten.
+
+        Args:
+            patience: seconds for which an answer is waited for.
+        """
+        deadline = time.perf_counter() + patience
+        while (verdict := self._poll(request_id)) is Verdict.PENDING and time.perf_counter() < deadline:
+            time.sleep(0)  # lets others have the interpreter
+        return verdict
+
+    def _poll(self, request_id: str) -> Verdict:
         check = self._checks[request_id]
         try:
             for worker, agent_name in check.workers.items():

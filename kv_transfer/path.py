@@ -48,10 +48,12 @@ class Way(Protocol):
     Attributes:
         name: of TransferPath.
         agent: stands in the place of NIXL's.
+        takes_regions: whether it takes pages as RegionIds.
     """
 
     name: str
     agent: Any
+    takes_regions: bool
 
     def offer(self, kv_caches: dict[str, Any], payload: NixlHandshakePayload) -> None:
         """Adds what peers need to what they are told in the handshake."""
@@ -157,6 +159,7 @@ class KVPath:
         self._ways = ways
         self._wanted = wanted
         self.agent = ways[0].agent if ways else nixl
+        self.takes_regions = bool(ways) and ways[0].takes_regions
 
     def offer(self, kv_caches: dict[str, Any], payload: NixlHandshakePayload) -> None:
         """Adds this worker's KV cache to what its peers are told in the handshake."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from kv_transfer import checksums
 from kv_transfer.identity import OFFER_PARAM, LeaseSlots, Offer, prompt_digest
@@ -31,6 +32,13 @@ _CHILD = re.compile(r"\d+_")
 _TRUSTED_SHARE = 2 / 3
 """Of a stock prefill engine's lease, from the request's arrival here: the lease began before that, on the other engine,
 and whether heartbeats reached it, which would renew it, nobody knows."""
+
+_STEP_REST_SECONDS = 0.001
+"""vLLM's own."""
+_PULL_REST_SECONDS = 0.0001
+"""While KV cache is under way between GPUs; others' threads need the interpreter, too."""
+_LEASE_REST_SECONDS = 0.05
+"""While nothing but leases is left; that much later their blocks are free."""
 
 _MAX_RECORDS = 4096
 """Transfer records kept for whoever asks; the oldest go first."""
@@ -145,6 +153,16 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         for request_id in connector_output.finished_recving or ():
             self._names.pop(request_id, None)
         self._slots.end(connector_output.finished_sending or ())
+
+    def rest_seconds(self, has_unfinished: bool) -> float:
+        """For which the engine rests after a step that computed nothing.
+
+        Args:
+            has_unfinished: requests, which wait for their KV cache or for room.
+        """
+        if not has_unfinished:
+            return _LEASE_REST_SECONDS
+        return _PULL_REST_SECONDS if self._names and not current_platform.is_cpu() else _STEP_REST_SECONDS
 
     def take_stats(self) -> TransferStats:
         """What this half has counted since the last call."""

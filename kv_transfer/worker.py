@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from kv_transfer import checksums
 from kv_transfer.agent import make_agent
+from kv_transfer.direct.pages import RegionIds
 from kv_transfer.handshakes import HandshakeExecutor
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
@@ -45,6 +46,10 @@ _SCRATCH_BYTES = 64
 _IDLE_WAIT_SECONDS = 0.005
 """How long a step that has nothing to compute waits for copies between GPUs, which take milliseconds. vLLM's engine
 sleeps 1 ms before it asks again (v1/engine/core.py, _process_engine_step)."""
+
+_CHECK_SECONDS = 0.0003
+"""How long the check of KV cache that has just arrived is waited for: a small read, which takes tens of microseconds
+where NIXL's progress thread does not rest, while the engine's next step may be milliseconds away."""
 
 _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
@@ -95,6 +100,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         )
         self._place: RankPlace | None = get_place()
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
+        self._check_patience = 0.0 if on_host else _CHECK_SECONDS
         self._reading = _OwnPull((), (), 1)
         self._silence_limit = SilenceLimit()
         self._begun: dict[str, float] = {}
@@ -184,7 +190,9 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             pull = metadata.pulls[request_id]
             if pull.owner != self.rank:
                 continue
-            local = tuple([block_id - base for block_id in group] for group in meta.local_block_ids)
+            local = meta.local_block_ids
+            if base:
+                local = tuple([block_id - base for block_id in group] for group in local)
             own[request_id] = _OwnPull(
                 **{**vars(meta), "local_block_ids": local},
                 num_readers=pull.num_readers,
@@ -219,6 +227,13 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
     def _read_blocks_for_req(self, req_id: str, meta: _OwnPull) -> None:
         self._reading = meta  # the request whose reads are posted now
         super()._read_blocks_for_req(req_id, meta)
+
+    def _compute_desc_ids(self, block_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._path.takes_regions or len(block_ids) != 1 or self._has_mamba:
+            return super()._compute_desc_ids(block_ids, *args, **kwargs)
+        # With one group, ids are sums of a region's offset and a block; those of block 0 are the offsets.
+        offsets = super()._compute_desc_ids(([0],), *args, **kwargs)
+        return RegionIds(offsets.astype(np.int32), np.asarray(block_ids[0], dtype=np.int32))
 
     def _read_blocks(self, *, read_spec: Any, request_id: str, expected_consumers: int, **kwargs: Any) -> bool:
         # The notification tells the prefill worker how many to wait for before it frees the blocks.
@@ -315,7 +330,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             self._reject(request_id, Stale.TOO_LATE, failed)
         if request_id not in self._checks:
             return True
-        verdict = self._checks.poll(request_id)
+        verdict = self._checks.poll(request_id, self._check_patience)
         if verdict is Verdict.FAILED:
             self._handle_failed_transfer(request_id, None, failed)
         elif verdict not in (Verdict.PENDING, Verdict.HELD):

@@ -58,7 +58,8 @@ class Engine:
             max_num_batched_tokens=16_384,
             gpu_memory_utilization=0.4,
             kv_cache_memory_bytes=KV_CACHE_BYTES,
-            enable_prefix_caching=False,
+            # To see what a prompt costs whose KV cache is here already.
+            enable_prefix_caching=job.role == "kv_consumer",
             enforce_eager=True,
             block_size=job.block_size,
             kv_transfer_config={"kv_role": job.role, "kv_load_failure_policy": "fail", **CONNECTORS[job.path]},

@@ -19,6 +19,8 @@ class FirstTokenRow:
     Attributes:
         first_token_ms: from handing the decode engine the requests to the last of their first tokens, beyond a bare
             decode step.
+        beyond_resident_ms: the same beyond the first token of the same requests when their KV cache is there already,
+            so that what vLLM does with a long prompt in any case is left out.
         first_ms: the same of the first request between the two engines.
         handover_ms: `first_token_ms` less what the bytes take on the link at its nominal rate.
         equal_tokens: share of first tokens that are the ones the prefill engine computed itself, with another kernel;
@@ -32,6 +34,7 @@ class FirstTokenRow:
     first_token_ms: float
     least_first_token_ms: float
     most_first_token_ms: float
+    beyond_resident_ms: float
     gigabytes_per_second: float
     handover_ms: float
     bare_step_ms: float
@@ -96,8 +99,7 @@ def _warm_up(pair: _Engines) -> float:
     for seed in (97, 98):
         pair.prefill.ask("generate", 1, 1024, seed, None)
         pair.decode.ask("generate", 1, 64, seed, None)
-    seconds, _, _ = _hand_over(pair, 1, 1024, 99)
-    return seconds - _bare_step(pair, 99)
+    return _hand_over(pair, 1, 1024, 99).seconds - _bare_step(pair, 99)
 
 
 def _bare_step(pair: _Engines, seed: int) -> float:
@@ -105,19 +107,30 @@ def _bare_step(pair: _Engines, seed: int) -> float:
     return seconds
 
 
-def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> tuple[float, float, float]:
-    """Seconds of the decode leg and of the prefill leg; share of first tokens that both computed alike."""
+@dataclass(frozen=True)
+class _HandOver:
+    """Seconds of the decode leg, of the prefill leg, and of the decode leg once more, when nothing is to be pulled;
+    share of first tokens that both engines computed alike."""
+
+    seconds: float
+    prefill_seconds: float
+    resident_seconds: float
+    equal: float
+
+
+def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _HandOver:
     prefill_seconds, prefilled = pair.prefill.ask("generate", requests, tokens, seed, [OFFER] * requests)
     seconds, decoded = pair.decode.ask("generate", requests, tokens, seed, [offer for _, offer in prefilled])
+    resident_seconds, _ = pair.decode.ask("generate", requests, tokens, seed, None)
     equal = [a == b for (a, _), (b, _) in zip(prefilled, decoded, strict=True)]
-    return seconds, prefill_seconds, statistics.fmean(equal)
+    return _HandOver(seconds, prefill_seconds, resident_seconds, statistics.fmean(equal))
 
 
 def _measure(
     plan: Plan, pairs: Sequence[_Engines], requests: int, tokens: int, first: dict[str, float]
 ) -> Iterator[FirstTokenRow]:
     size = requests * tokens * SHAPES[plan.shape].kv_bytes_per_token
-    runs: dict[str, list[tuple[float, float, float]]] = {pair.path: [] for pair in pairs}
+    runs: dict[str, list[_HandOver]] = {pair.path: [] for pair in pairs}
     bare_steps: dict[str, list[float]] = {pair.path: [] for pair in pairs}
     for seed in range(plan.repeats + 1):
         for pair in pairs:
@@ -126,14 +139,14 @@ def _measure(
     for pair in pairs:
         measured = runs[pair.path][1:]
         bare = statistics.median(bare_steps[pair.path])
-        beyond = [seconds - bare for seconds, _, _ in measured]
+        beyond = [run.seconds - bare for run in measured]
         median = statistics.median(beyond)
         if plan.link is not None and size / median > plan.link:
             raise BeyondLinkError(
                 f"{pair.path}, {requests} x {tokens} tokens: {size / median / 1e9:.0f} GB/s, but the link gives "
                 f"{plan.link / 1e9:.0f}"
             )
-        if not all(equal for _, _, equal in runs[pair.path]):
+        if not all(run.equal for run in runs[pair.path]):
             raise RuntimeError(
                 f"{pair.path}, {requests} x {tokens} tokens: other first tokens than the prefill engine's"
             )
@@ -145,13 +158,16 @@ def _measure(
             first_token_ms=round(median * 1e3, 3),
             least_first_token_ms=round(min(beyond) * 1e3, 3),
             most_first_token_ms=round(max(beyond) * 1e3, 3),
+            beyond_resident_ms=round(
+                statistics.median(run.seconds - run.resident_seconds for run in measured) * 1e3, 3
+            ),
             gigabytes_per_second=round(size / median / 1e9, 1),
             handover_ms=round((median - size / plan.link if plan.link else median) * 1e3, 3),
             bare_step_ms=round(bare * 1e3, 3),
-            prefill_ms=round(statistics.median(seconds for _, seconds, _ in measured) * 1e3, 1),
+            prefill_ms=round(statistics.median(run.prefill_seconds for run in measured) * 1e3, 1),
             first_ms=round(first[pair.path] * 1e3, 1),
             hidden_share=0.0,
-            equal_tokens=round(statistics.fmean(equal for _, _, equal in runs[pair.path]), 3),
+            equal_tokens=round(statistics.fmean(run.equal for run in runs[pair.path]), 3),
             repeats=len(measured),
         )
 

@@ -5,6 +5,7 @@ Runs in a process of its own and takes orders from the benchmark; see `serve`.
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -70,6 +71,8 @@ def serve(job: SideJob, pipe: Any) -> None:
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(job.port)
     side = Side(job)
+    gc.collect()
+    gc.freeze()  # as vLLM's engine does
     pipe.send("ready")
     while True:
         if not pipe.poll(0.0005):
@@ -224,17 +227,19 @@ class Side:
         if seeds is not None:
             self.fill(seeds[1])
         requests = [self._request(tokens, params) for params in offers]
+        allocated = [self._blocks(ids) for ids in blocks]
         if self._job.device is not None:
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        for request, ids in zip(requests, blocks, strict=True):
+        for request, its_blocks in zip(requests, allocated, strict=True):
             count, is_async = self._scheduler.get_num_new_matched_tokens(request, 0)
             assert is_async
-            self._scheduler.update_state_after_alloc(request, self._blocks(ids), count)
+            self._scheduler.update_state_after_alloc(request, its_blocks, count)
         missing = {request.request_id for request in requests}
         while missing:
             missing -= self.step()
-            time.sleep(2e-5)  # a handshake runs in another thread, which needs the interpreter too
+            if missing:
+                time.sleep(2e-5)  # a handshake runs in another thread, which needs the interpreter too
             if time.perf_counter() - begin > _PULL_SECONDS:
                 raise RuntimeError(f"{len(missing)} of {len(requests)} pulls did not end in {_PULL_SECONDS:.0f} s")
         seconds = time.perf_counter() - begin

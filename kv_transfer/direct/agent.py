@@ -11,7 +11,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from kv_transfer.direct import driver
-from kv_transfer.direct.pages import Ids, Mapping, PageList
+from kv_transfer.direct.pages import Ids, Mapping, PageList, RegionIds, as_ids
 from kv_transfer.direct.transfer import PageCopier, PageTransfer
 
 logger = init_logger(f"vllm.{__name__}")
@@ -50,9 +50,9 @@ class DirectRead:
     peer: str
     notification: bytes
     sources: PageList
-    source_ids: Ids
+    source_ids: Ids | RegionIds
     destinations: PageList
-    destination_ids: Ids
+    destination_ids: Ids | RegionIds
     transfer: PageTransfer | None = None
 
 
@@ -146,16 +146,17 @@ class DirectAgent:
         local, remote = self._lists.get(local_xfer_side), self._lists.get(remote_xfer_side)
         ours, theirs = (None if side is None else side.reachable for side in (local, remote))
         if operation != "READ" or ours is None or theirs is None or remote is None:
+            ids = np.asarray(local_indices), np.asarray(remote_indices)
             return self._nixl.make_prepped_xfer(
-                operation, local_xfer_side, local_indices, remote_xfer_side, remote_indices, notif_msg, **kwargs
+                operation, local_xfer_side, ids[0], remote_xfer_side, ids[1], notif_msg, **kwargs
             )
         return DirectRead(
             peer=remote.agent,
             notification=notif_msg,
             sources=theirs,
-            source_ids=np.asarray(remote_indices, dtype=np.int32),
+            source_ids=as_ids(remote_indices),
             destinations=ours,
-            destination_ids=np.asarray(local_indices, dtype=np.int32),
+            destination_ids=as_ids(local_indices),
         )
 
     def transfer(self, handle: Any, *args: Any, **kwargs: Any) -> str:

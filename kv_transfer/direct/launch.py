@@ -32,7 +32,7 @@ class BulkShape:
         num_blocks: each takes a multiprocessor's shared memory, and nothing else of it.
     """
 
-    num_blocks: int = 8
+    num_blocks: int = 16
     chunk_bytes: int = 32 << 10
     num_stages: int = 6
 

@@ -16,6 +16,32 @@ ALIGNMENT = 16
 Ids = npt.NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class RegionIds:
+    """Ids of the pages of the same blocks in each region, region by region: `offsets[r] + blocks[b]`.
+
+    A prompt's ids are many times its blocks (32 layers: 65,536 for 32,768 tokens), and the copy waits for them.
+
+    Attributes:
+        offsets: `[num_regions]`.
+        blocks: `[num_blocks]`.
+    """
+
+    offsets: Ids
+    blocks: Ids
+
+    def __len__(self) -> int:
+        return len(self.offsets) * len(self.blocks)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return (self.offsets[:, None] + self.blocks).reshape(-1).astype(dtype or np.int32)
+
+
+def as_ids(ids: Any) -> Ids | RegionIds:
+    """As the copier takes them."""
+    return ids if isinstance(ids, RegionIds) else np.asarray(ids, dtype=np.int32)
+
+
 class UnreachableError(RuntimeError):
     """A list has pages that the kernel can't read."""
 
@@ -70,11 +96,11 @@ class PageList:
             self._table = torch.from_numpy(self.addresses.view(np.int64)).to(device)
         return self._table
 
-    def by_length(self, ids: Ids) -> Iterator[tuple[int, Any]]:
+    def by_length(self, ids: Ids | RegionIds) -> Iterator[tuple[int, Any]]:
         """Lengths in bytes, each with the positions in `ids` of its pages."""
         if self._is_uniform:
             yield int(self.lengths[0]), slice(None)
             return
-        lengths = self.lengths[ids]
+        lengths = self.lengths[np.asarray(ids)]
         for length in np.unique(lengths):
             yield int(length), lengths == length

@@ -25,6 +25,9 @@ class DirectWay:
 
     name = "direct"
 
+    takes_regions = True
+    """Whether pages may be given as RegionIds."""
+
     def __init__(self, nixl: Any, copier: PageCopier) -> None:
         self._copier = copier
         self._kept: Any = None

@@ -59,6 +59,7 @@ class PackedWay:
     """See the module."""
 
     name = "packed"
+    takes_regions = False
 
     def __init__(
         self, nixl: Any, copier: Copier, settings: PackedSettings, compression: Compression, is_forced: bool

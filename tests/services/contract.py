@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,11 +24,23 @@ def parameters(of: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(of).parameters if name != "self"]
 
 
+def syntax_tree(text: str) -> ast.Module:
+    """Parsed without garbage collection: what a finaliser prints, with a traceback, parses too, and that ends Python
+    3.11's parser with a SystemError (https://github.com/python/cpython/issues/106905)."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(text)
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def calls(path: str, method: str) -> Iterator[ast.Call]:
     """Every call of `….method(…)` in one file of vLLM's, or in all files of a folder."""
     place = VLLM / path
     for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(syntax_tree(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
                 yield node
 
@@ -36,7 +49,7 @@ def attributes_of(path: str, owner: str) -> set[str]:
     """The names in every `….owner.<name>` and `owner.<name>` of one file of vLLM's."""
     return {
         node.attr
-        for node in ast.walk(ast.parse((VLLM / path).read_text()))
+        for node in ast.walk(syntax_tree((VLLM / path).read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == owner
     }
 

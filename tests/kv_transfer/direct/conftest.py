@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kv_transfer import path
 from kv_transfer.direct import agent, driver
 from kv_transfer.direct.driver import Segment
-from kv_transfer.direct.pages import Ids, PageList
+from kv_transfer.direct.pages import Ids, PageList, RegionIds
 from kv_transfer.direct.transfer import Telemetry
 
 
@@ -42,9 +43,11 @@ class HostCopier:
     def __init__(self, device: Any) -> None:
         self.device = torch.device("cpu")
 
-    def start(self, sources: PageList, source_ids: Ids, destinations: PageList, destination_ids: Ids) -> HostTransfer:
+    def start(
+        self, sources: PageList, source_ids: Ids | RegionIds, destinations: PageList, destination_ids: Ids | RegionIds
+    ) -> HostTransfer:
         num_bytes = 0
-        for source, destination in zip(source_ids, destination_ids, strict=True):
+        for source, destination in zip(np.asarray(source_ids), np.asarray(destination_ids), strict=True):
             length = int(destinations.lengths[destination])
             assert length == int(sources.lengths[source])
             ctypes.memmove(int(destinations.addresses[destination]), int(sources.addresses[source]), length)

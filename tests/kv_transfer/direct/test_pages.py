@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kv_transfer.direct.pages import Mapping, PageList, UnreachableError
+from kv_transfer.direct.pages import Mapping, PageList, RegionIds, UnreachableError, as_ids
 
 
 def pages(*rows: tuple[int, int]) -> PageList:
@@ -41,3 +41,12 @@ def test_pages_of_one_length_are_one_launch_and_of_several_one_each() -> None:
 
 def test_addresses_keep_all_their_bits_on_the_gpu() -> None:
     assert pages((0x7FFF_FFFF_FFF0, 16)).table("cpu").tolist() == [0x7FFF_FFFF_FFF0]
+
+
+def test_ids_by_region_are_those_that_nixl_would_be_given() -> None:
+    ids = RegionIds(np.array([0, 100, 200], dtype=np.int32), np.array([7, 3], dtype=np.int32))
+    assert len(ids) == 6
+    assert np.asarray(ids).tolist() == [7, 3, 107, 103, 207, 203]
+    assert as_ids(ids) is ids
+    plain = as_ids(np.array([5], dtype=np.int64))
+    assert isinstance(plain, np.ndarray) and plain.dtype == np.int32

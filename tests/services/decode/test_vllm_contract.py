@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from services.decode.token_parallel.kv_cache_manager import PartitionedKVCacheManager
 from services.decode.token_parallel.scheduler import _TokenParallelMixin
 from tests.services.building import partitioned_manager
-from tests.services.contract import VLLM, attributes_of, parameters, require, require_all, source
+from tests.services.contract import VLLM, attributes_of, parameters, require, require_all, source, syntax_tree
 from tknp.common.versions import VLLM_VERSION, check_vllm_version
 
 SCHEDULER = "services/decode/token_parallel/scheduler.py"
@@ -29,7 +29,7 @@ SCHEDULER_SOURCES = ("v1/core/sched/scheduler.py", "v1/core/sched/async_schedule
 
 def keywords_of_manager_in(function: Any) -> dict[str, str]:
     """Keyword arguments of `KVCacheManager(...)` in a method, with the expressions that are passed."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree = syntax_tree(textwrap.dedent(inspect.getsource(function)))
     call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "KVCacheManager")
     return {k.arg: ast.unparse(k.value) for k in call.keywords if k.arg}
 
@@ -148,7 +148,7 @@ def declarations(tree: ast.AST) -> set[str]:
 
 
 def test_the_attributes_that_the_scheduler_reads_exist() -> None:
-    wanted = declarations(ast.parse(inspect.getsource(_TokenParallelMixin))) - {"kv_cache_manager", "_running"}
+    wanted = declarations(syntax_tree(inspect.getsource(_TokenParallelMixin))) - {"kv_cache_manager", "_running"}
     assert len(wanted) > 10, "the declarations under TYPE_CHECKING are not found any more"
     text = (VLLM / SCHEDULER_SOURCES[0]).read_text()
     require_all((n for n in wanted if f"self.{n}" not in text), "attributes of Scheduler", SCHEDULER)

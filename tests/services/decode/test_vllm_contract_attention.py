@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from services.decode.token_parallel import backends
 from services.decode.token_parallel.layers import _HOST_SCALES, _SCALES, LayerSpec
-from tests.services.contract import parameters, require, require_all, source
+from tests.services.contract import parameters, require, require_all, source, syntax_tree
 
 ATTENTION = "services/decode/token_parallel/attention.py"
 LAYERS = "services/decode/token_parallel/layers.py"
@@ -66,7 +66,7 @@ def _unwrapped_operation() -> Any:
 
 
 def test_an_implementation_is_made_of_these_arguments_in_this_order() -> None:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(Attention.__init__)))
+    tree = syntax_tree(textwrap.dedent(inspect.getsource(Attention.__init__)))
     made = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "impl_cls")
     assert [ast.unparse(a) for a in made.args] == IMPL_ARGUMENTS, f"Attention makes its impl otherwise; see {LAYERS}"
     assert [ast.unparse(k.value) for k in made.keywords] == ["extra_impl_args"]
@@ -146,7 +146,7 @@ def test_metadata_of_a_batch_has_these_fields() -> None:
 
 
 def test_the_cpu_kernel_reads_no_field_that_batches_do_not_fill() -> None:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(CPUAttentionBackend.get_builder_cls().build)))
+    tree = syntax_tree(textwrap.dedent(inspect.getsource(CPUAttentionBackend.get_builder_cls().build)))
     read = {
         n.attr
         for n in ast.walk(tree)

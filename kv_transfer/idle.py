@@ -1,0 +1,39 @@
+"""How long an engine rests after a step that computed nothing. A patch of vLLM, since nothing public reaches there.
+
+vLLM's engine goes on stepping while a request waits for its KV cache or a lease is held, and sleeps 1 ms after each
+such step (v1/engine/core.py, `_process_engine_step`). With async scheduling two of these sleeps lie between the last
+byte of a pull and the first decode step, and an engine that only holds a lease takes a good part of a core. One with
+our connector rests for as long as the connector says, or until somebody asks it for something.
+"""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+
+def install() -> None:
+    """For this process's engine."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    EngineCoreProc._process_engine_step = _process_engine_step
+
+
+def _process_engine_step(core: Any) -> bool:
+    """As vLLM's, but for the rest."""
+    outputs, model_executed = core.step_fn()
+    for output in outputs.items() if outputs else ():
+        core.output_queue.put_nowait(output)
+    core.post_step(model_executed)
+    scheduler = core.scheduler
+    # The workers have not heard yet of a request that has just finished.
+    if not model_executed and scheduler.has_requests() and not scheduler.finished_req_ids:
+        rest(core.input_queue, scheduler.connector.rest_seconds(scheduler.has_unfinished_requests()))
+    return bool(model_executed)
+
+
+def rest(requests: queue.Queue[Any], seconds: float) -> None:
+    """Until there is a request, but not longer than that."""
+    with requests.not_empty:
+        if not requests.queue:
+            requests.not_empty.wait(seconds)

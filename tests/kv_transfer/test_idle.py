@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kv_transfer import idle
+from tests.services.contract import VLLM, require
+
+
+class Engine(SimpleNamespace):
+    """An EngineCoreProc as far as its step looks at itself."""
+
+    def __init__(self, executed: bool, unfinished: bool, finished: set[str]) -> None:
+        self.asked: list[bool] = []
+        scheduler = SimpleNamespace(
+            connector=SimpleNamespace(rest_seconds=self.rest_seconds),
+            finished_req_ids=finished,
+            has_requests=lambda: True,
+            has_unfinished_requests=lambda: unfinished,
+        )
+        super().__init__(
+            step_fn=lambda: ({0: "tokens"}, executed),
+            output_queue=queue.Queue(),
+            input_queue=queue.Queue(),
+            post_step=lambda model_executed: None,
+            scheduler=scheduler,
+        )
+
+    def rest_seconds(self, has_unfinished: bool) -> float:
+        self.asked.append(has_unfinished)
+        return 0.0
+
+
+def test_vllms_step_is_what_ours_stands_in_for() -> None:
+    text = " ".join((VLLM / "v1/engine/core.py").read_text().split())  # the method itself may be ours by now
+    body = text.partition("def _process_engine_step(self) -> bool:")[2].partition(" def ")[0]
+    for part in (
+        "outputs, model_executed = self.step_fn()",
+        "for output in outputs.items() if outputs else (): self.output_queue.put_nowait(output)",
+        "self.post_step(model_executed)",
+        "if not model_executed and self.scheduler.has_requests(): time.sleep(0.001)",
+        "return model_executed",
+    ):
+        require(part in body, f"a step's {part!r}", "kv_transfer/idle.py")
+    require(body.count("self.") == 4, "the parts of a step", "kv_transfer/idle.py")
+
+
+@pytest.mark.parametrize(
+    ("executed", "unfinished", "finished", "asked"),
+    [
+        (True, True, set(), []),
+        (False, True, set(), [True]),
+        (False, False, set(), [False]),
+        (False, False, {"a"}, []),  # its blocks are offered with the next step
+    ],
+)
+def test_only_a_step_that_computed_nothing_is_followed_by_a_rest(
+    executed: bool, unfinished: bool, finished: set[str], asked: list[bool]
+) -> None:
+    engine: Any = Engine(executed, unfinished, finished)
+    assert idle._process_engine_step(engine) is executed
+    assert engine.output_queue.get_nowait() == (0, "tokens")
+    assert engine.asked == asked
+
+
+def test_a_rest_ends_with_the_first_request() -> None:
+    requests: queue.Queue[str] = queue.Queue()
+    threading.Timer(0.05, requests.put, ["request"]).start()
+    begin = time.monotonic()
+    idle.rest(requests, 60)
+    assert time.monotonic() - begin < 30
+    idle.rest(requests, 60)  # it was not taken yet
+    assert time.monotonic() - begin < 30
+    assert requests.get_nowait() == "request"
+
+
+def test_a_rest_ends_when_it_is_over() -> None:
+    idle.rest(queue.Queue(), 0.001)
