@@ -340,7 +340,8 @@ class Puller:
             read.fail(error)
         for number in list(peer.orders):
             self._end(peer, number)
-        peer.client.close()
+        # ZMQ's end of a connection may wait; other peers must not.
+        threading.Thread(target=peer.client.close, name="tknp-kv-hang-up", daemon=True).start()
         if peer.agent and self._staging is not None:
             with suppress(Exception):  # NIXL's, of one that died
                 self._staging.agent.remove_remote_agent(peer.agent)
