@@ -113,7 +113,12 @@ def cross(sent: Any) -> Any:
     """`[requests, heads, tokens, 2 * head size]` through FP8, in blocks; behind the last token stand zeros."""
     requests, heads, tokens, elements = sent.shape
     padded = torch.nn.functional.pad(sent, (0, 0, 0, -tokens % BLOCK))
-    blocks = padded.view(requests, heads, -1, BLOCK, elements).transpose(1, 2).reshape(-1, heads, BLOCK, elements)
+    blocks = (
+        padded.view(requests, heads, -1, BLOCK, elements)
+        .transpose(1, 2)
+        .reshape(-1, heads, BLOCK, elements)
+        .contiguous()
+    )
     arrived = round_trip(blocks, HeadShape.of([blocks], values_follow=False))
     whole = arrived.view(requests, -1, heads, BLOCK, elements).transpose(1, 2).reshape(padded.shape)
     return whole[:, :, :tokens]
@@ -167,6 +172,8 @@ def measure(model: Any, unseen: Any, count: int) -> dict[str, float]:
         )
         read = [log_probabilities(model, prompts, text, c).gather(-1, text[..., None]) for c in (False, True)]
         keep(text_nats=-read[0].mean(), text_nats_compressed=-read[1].mean())
+        alone = model(input_ids=torch.cat((prompts[:, -1:], text[:, :-1]), dim=1)).logits.log_softmax(-1)
+        keep(text_nats_without_prompt=-alone.gather(-1, text[..., None]).mean())
         errors = prefill(model, prompts, True)[1]
         keep(relative_error_median_head=torch.tensor(errors).median(), relative_error_worst_head=max(errors))
     row = {name: sum(values) / len(values) for name, values in sums.items()}
@@ -177,8 +184,9 @@ def measure(model: Any, unseen: Any, count: int) -> dict[str, float]:
 def main() -> None:
     """Writes, for each model: shares of greedy tokens and whole answers that are equal; tokens before the first that is
     not; with the same tokens before it, the share of next tokens that are equal, the mean absolute difference of the
-    greedy token's log probability, and the divergence of the distributions; nats a token of unseen text; and the KV's
-    relative error (root mean square), of the median and of the worst head, keys and values apart."""
+    greedy token's log probability, and the divergence of the distributions; nats a token of unseen text, also
+    without its prompt, which says how much the prompt's KV matters to this model; and the KV's relative error
+    (root mean square), of the median and of the worst head, keys and values apart."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--prompts", type=int, default=32)
