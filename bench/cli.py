@@ -159,7 +159,7 @@ def router(
 @app.command()
 def transfer(
     path: Annotated[
-        list[str], typer.Option(help="stock: vLLM's NixlConnector; nixl, direct: ours, on these paths.")
+        list[str], typer.Option(help="stock: vLLM's NixlConnector; nixl, direct, packed, packed+fp8: ours.")
     ] = ["stock", "direct"],  # noqa: B006 - typer reads it
     shape: Annotated[str, typer.Option(help="tiny, 8b, 8b-2kv or 32b-2kv: sizes of the KV cache.")] = "8b",
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block; the CPU needs multiples of 32.")] = 16,

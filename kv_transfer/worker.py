@@ -18,12 +18,13 @@ from kv_transfer import checksums
 from kv_transfer.agent import make_agent
 from kv_transfer.copies import Copies
 from kv_transfer.direct.pages import RegionIds
-from kv_transfer.direct.path import choose_path
 from kv_transfer.handshakes import HandshakeExecutor
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
+from kv_transfer.packed.read import PeerLostError
+from kv_transfer.path import choose_path
 from kv_transfer.shapes import ShapeCheckingWorker
 from tknp.common.partition import RankPlace, get_place
 from tknp.common.silence import SilenceLimit
@@ -55,8 +56,8 @@ _RELEASE_SECONDS = 60.0
 """How long the release of a lease is remembered that is not held yet; the request behind it ends long before, or was
 aborted."""
 
-_DISCONNECTED = "nixlRemoteDisconnectError"
-"""NIXL's exception, by name, since its module is called after the CUDA version."""
+_DISCONNECTED = ("nixlRemoteDisconnectError", PeerLostError.__name__)
+"""NIXL's exception, by name, since its module is called after the CUDA version, and ours."""
 
 
 @dataclass
@@ -290,7 +291,7 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
         # A connection that timed out stays dead, but NIXL 1.5 keeps the metadata by which vLLM sees that it has to
         # shake hands again (_cleanup_remote_engines): this rank would never pull from that engine again.
         meta = self._recving_metadata.get(req_id)
-        if type(sys.exception()).__name__ == _DISCONNECTED and meta is not None and meta.remote is not None:
+        if type(sys.exception()).__name__ in _DISCONNECTED and meta is not None and meta.remote is not None:
             engine_id = meta.remote.engine_id
             if engine_id in self._remote_agents and engine_id not in self._invalid_remote_engines:
                 self._mark_remote_engine_invalid(engine_id, time.perf_counter())
@@ -407,6 +408,7 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
     def shutdown(self) -> None:
         if hasattr(self, "_checks"):
             self._checks.shutdown()
+            self._path.close()
         super().shutdown()
 
     def get_block_ids_with_load_errors(self) -> set[int]:

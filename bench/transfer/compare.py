@@ -177,9 +177,9 @@ def _row(
 
 def table(rows: Sequence[Row]) -> str:
     """For people."""
-    lines = [f"{'path':8} {'requests':>8} {'tokens':>7} {'pool':>8} {'GB/s':>7} {'least':>7} {'most':>7} {'ms':>8}"]
+    lines = [f"{'path':10} {'requests':>8} {'tokens':>7} {'pool':>8} {'GB/s':>7} {'least':>7} {'most':>7} {'ms':>8}"]
     lines += [
-        f"{r.path:8} {r.requests:8} {r.tokens:7} {'used' if r.fragmented else 'fresh':>8} "
+        f"{r.path:10} {r.requests:8} {r.tokens:7} {'used' if r.fragmented else 'fresh':>8} "
         f"{r.gigabytes_per_second:7.1f} {r.least_gigabytes_per_second:7.1f} {r.most_gigabytes_per_second:7.1f} "
         f"{r.seconds * 1e3:8.2f}"
         for r in rows

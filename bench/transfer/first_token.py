@@ -174,9 +174,9 @@ def _measure(
 
 def first_token_table(rows: Sequence[FirstTokenRow]) -> str:
     """For people."""
-    lines = [f"{'path':8} {'requests':>8} {'tokens':>7} {'first token ms':>15} {'hand-over ms':>13} {'GB/s':>7}"]
+    lines = [f"{'path':10} {'requests':>8} {'tokens':>7} {'first token ms':>15} {'hand-over ms':>13} {'GB/s':>7}"]
     lines += [
-        f"{r.path:8} {r.requests:8} {r.tokens:7} {r.first_token_ms:15.2f} {r.handover_ms:13.2f} "
+        f"{r.path:10} {r.requests:8} {r.tokens:7} {r.first_token_ms:15.2f} {r.handover_ms:13.2f} "
         f"{r.gigabytes_per_second:7.1f}"
         for r in rows
     ]

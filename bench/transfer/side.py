@@ -28,8 +28,18 @@ CONNECTORS: dict[str, dict[str, Any]] = {
         "kv_connector_module_path": "kv_transfer.connector",
         "kv_connector_extra_config": {"kv_transfer_path": "direct"},
     },
+    "packed": {
+        "kv_connector": "TokenParallelKVConnector",
+        "kv_connector_module_path": "kv_transfer.connector",
+        "kv_connector_extra_config": {"kv_transfer_path": "packed"},
+    },
+    "packed+fp8": {
+        "kv_connector": "TokenParallelKVConnector",
+        "kv_connector_module_path": "kv_transfer.connector",
+        "kv_connector_extra_config": {"kv_transfer_path": "packed", "kv_transfer_compression": "fp8"},
+    },
 }
-"""What is compared, by the name of the path: vLLM's own connector, and ours on its two paths."""
+"""What is compared, by the name of the path: vLLM's own connector, and ours on its paths."""
 
 _PULL_SECONDS = 30.0
 
@@ -246,9 +256,21 @@ class Side:
             theirs, expected = (torch.empty_like(layer) for _ in range(2))
             for tensor, generator in zip((theirs, expected), generators, strict=True):
                 tensor.random_(-(2**31), 2**31 - 1, generator=generator)
-            expected[here] = theirs[there]
+            expected[here] = self._arrived(theirs[there])
             wrong |= (layer != expected).any(dim=1)
         return int(wrong.sum())
+
+    def _arrived(self, words: Any) -> Any:
+        """What should become of blocks on their way."""
+        extra = CONNECTORS[self._job.path].get("kv_connector_extra_config", {})
+        if extra.get("kv_transfer_compression") != "fp8":
+            return words
+        import torch
+
+        from kv_transfer.packed.fp8 import HeadShape, round_trip
+
+        shape = HeadShape.of(list(self._caches.values()), values_follow=self._device.type == "cpu")
+        return round_trip(words.view(torch.bfloat16), shape).view(torch.int32)
 
 
 def _vllm_config(job: SideJob) -> Any:

@@ -66,10 +66,10 @@ def make_offer(tensors: list[Any]) -> tuple[Offer, Any]:
     return offer, pattern
 
 
-def with_offer(agent_metadata: bytes, offer: Offer) -> bytes:
+def with_offer(agent_metadata: bytes, offer: Any, key: str = KEY) -> bytes:
     """vLLM's encoded NixlAgentMetadata, with the offer beside its fields."""
     fields = msgspec.msgpack.decode(agent_metadata)
-    return msgspec.msgpack.encode({**fields, KEY: offer})
+    return msgspec.msgpack.encode({**fields, key: offer})
 
 
 class _Extended(msgspec.Struct):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +23,15 @@ class Telemetry:
     xferDuration: float
     totalBytes: int
     descCount: int
-    path: str = "direct"  # ours; NIXL's has none
+    path: str = "direct"  # this and the next are ours; NIXL's has none
+    wireBytes: int | None = None  # that crossed, where these are not all
 
 
-class PageTransfer:
-    """One copy that was started."""
+class StreamWork:
+    """What was put on a stream up to a moment."""
 
-    def __init__(self, begin: Any, end: Any, num_bytes: int, num_pages: int, post_seconds: float, kept: Any) -> None:
-        self._begin, self._end = begin, end
-        self._num_bytes, self._num_pages, self._post_seconds = num_bytes, num_pages, post_seconds
-        self._kept = kept  # what the GPU reads until the end
+    def __init__(self, end: Any) -> None:
+        self._end = end
 
     def is_done(self) -> bool:
         """Raises RuntimeError if CUDA failed."""
@@ -39,6 +39,16 @@ class PageTransfer:
 
     def wait(self) -> None:
         self._end.synchronize()
+
+
+class PageTransfer(StreamWork):
+    """One copy that was started."""
+
+    def __init__(self, begin: Any, end: Any, num_bytes: int, num_pages: int, post_seconds: float, kept: Any) -> None:
+        super().__init__(end)
+        self._begin = begin
+        self._num_bytes, self._num_pages, self._post_seconds = num_bytes, num_pages, post_seconds
+        self._kept = kept  # what the GPU reads until the end
 
     def telemetry(self) -> Telemetry:
         """Of a finished one."""
@@ -94,3 +104,11 @@ class PageCopier:
             (next(there)[:, None] + next(there)).view(-1) if isinstance(ids, RegionIds) else next(there)
             for ids in lists
         ]
+
+    def run(self, work: Callable[[], None]) -> StreamWork:
+        """Starts what `work` asks of torch, after all that was started before."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            work()
+            end = torch.cuda.Event()
+            end.record(self._stream)
+        return StreamWork(end)

@@ -1,6 +1,7 @@
 """What can happen to a prefill engine between its answer and the end of the pull, on real engines: the decode engine
-lives on, the tokens are plain vLLM's, and no block is held in the end. The test plays the router. Every block that is
-pulled is compared with its checksum (kv_transfer.checksums)."""
+lives on, the tokens are plain vLLM's, and no block is held in the end. The test plays the router. Blocks cross packed,
+as between hosts (the other tests of this folder have them cross one by one), and every block that is pulled is compared
+with its checksum (kv_transfer.checksums)."""
 
 from __future__ import annotations
 
@@ -83,7 +84,14 @@ def _engines(model: Path, log_dir: Path) -> Iterator[Engines]:
         "kv_role": "kv_producer",
         "kv_buffer_device": "cpu",
         "engine_id": "prefill",
-        "kv_connector_extra_config": {"kv_lease_duration": LEASE_SECONDS},
+        "kv_connector_extra_config": {"kv_lease_duration": LEASE_SECONDS, "kv_transfer_path": "packed"},
+    }
+    pulling = {
+        **transfer,
+        "kv_role": "kv_consumer",
+        "engine_id": "decode",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_transfer_path": "packed", "kv_transfer_staging_bytes": 1 << 20},
     }
     options = (
         *ENGINE_OPTIONS,
@@ -92,7 +100,7 @@ def _engines(model: Path, log_dir: Path) -> Iterator[Engines]:
         *("--kv-transfer-config", json.dumps(transfer)),
     )
     prefill = SoakEngine("prefill", lambda port: tknp("prefill", str(model), "--port", str(port), *options), log_dir)
-    decode = start_decode(model, log_dir, 2)
+    decode = start_decode(model, log_dir, 2, "--kv-transfer-config", json.dumps(pulling))
     try:
         prefill.service.wait_ready()
         decode.wait_ready()
@@ -110,6 +118,20 @@ def test_every_block_is_compared(engines: Engines, plain_llama: Expected) -> Non
     assert engines.stale("checksum") == 0
     engines.wait_idle(LEASE_SECONDS + 10)
     engines.forget()
+
+
+def test_packed_blocks_are_read_by_the_slotful(engines: Engines, plain_llama: Expected) -> None:
+    answers = [engines.take(ask, engines.offer(ask)) for ask in ASKS]
+    assert answers == plain_llama(ASKS)
+    by_path = {
+        name: engines.decode.metric(f"tknp_kv_transfer_path_{name}_total", path="packed")
+        for name in ("bytes", "wire_bytes", "seconds")
+    }
+    assert by_path["bytes"] == by_path["wire_bytes"] == engines.decode.metric("tknp_kv_transfer_bytes_total") > 0
+    assert by_path["seconds"] > 0
+    reads = engines.decode.metric("vllm:nixl_num_descriptors_sum")
+    assert len(ASKS) <= reads < by_path["bytes"] / (64 << 10), "a slot holds 128 KiB"
+    engines.wait_idle(10)
 
 
 def test_a_lease_that_ran_out_between_offer_and_pull(engines: Engines, plain_llama: Expected) -> None:

@@ -201,7 +201,7 @@ def test_a_lost_connection_is_known_by_this_exception_where_failures_are_handled
     from kv_transfer.worker import _DISCONNECTED
 
     api: Any = inspect.getmodule(NixlWrapper)
-    require(hasattr(api.nixlBind, _DISCONNECTED), f"NIXL's {_DISCONNECTED}", WORKER)
+    require(hasattr(api.nixlBind, _DISCONNECTED[0]), f"NIXL's {_DISCONNECTED[0]}", WORKER)
     for method in (Worker._read_blocks, Worker._pop_done_transfers):
         handled = source(method).partition("except Exception")[2]
         require("self._handle_failed_transfer(" in handled, f"who handles failures in {method.__name__}", WORKER)

@@ -172,7 +172,7 @@ def test_a_failed_pull_names_its_blocks_by_their_global_ids_and_leaves_no_record
 def test_a_connection_that_is_lost_is_made_anew(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, disconnected: bool
 ) -> None:
-    lost = type(kv_worker._DISCONNECTED if disconnected else "nixlBackendError", (RuntimeError,), {})
+    lost = type(kv_worker._DISCONNECTED[0] if disconnected else "nixlBackendError", (RuntimeError,), {})
     monkeypatch.setattr(worker.peer, "check_xfer_state", lambda _: (_ for _ in ()).throw(lost()))
     worker.half._remote_agents["prefill"] = {(0, 0): "agent"}
     worker.half._engine_by_address["h", 1] = "prefill"

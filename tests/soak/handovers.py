@@ -55,9 +55,9 @@ class HandOver:
 
 
 class HandOvers:
-    def __init__(self, model: Path, seed: int) -> None:
-        self.prefill = Engine(model, "kv_producer", [200])
-        self.decode = Engine(model, "kv_consumer", [120, 120])
+    def __init__(self, model: Path, seed: int, **extra: Any) -> None:
+        self.prefill = Engine(model, "kv_producer", [200], **extra)
+        self.decode = Engine(model, "kv_consumer", [120, 120], **extra)
         self._rng = random.Random(seed)
         self.fates: Counter[str] = Counter()
         self.computed: dict[Fate, list[int]] = {}
@@ -181,10 +181,14 @@ _KEPT = (
 )
 
 
-def hand_over(count: int, model: Path, seed: int = 1) -> dict[str, Any]:
-    """Runs so many; the summary, in which `left` must be empty."""
+def hand_over(count: int, model: Path, seed: int = 1, **extra: Any) -> dict[str, Any]:
+    """Runs so many; the summary, in which `left` must be empty.
+
+    Args:
+        extra: `kv_connector_extra_config` of both engines.
+    """
     begin = time.monotonic()
-    engines = HandOvers(model, seed)
+    engines = HandOvers(model, seed, **extra)
     try:
         engines.run(count)
         return {
@@ -192,6 +196,7 @@ def hand_over(count: int, model: Path, seed: int = 1) -> dict[str, Any]:
             "seconds": round(time.monotonic() - begin, 1),
             "fates": dict(engines.fates),
             "pulls": len(engines.decode.stats["pull_bytes"]),
+            "paths": dict(Counter(engines.decode.stats.get("transfer_path", []))),
             "stale": dict(Counter(engines.decode.stats.get("stale_reason", []))),
             "left": engines.left(),
         }

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kv_transfer.direct import agent, driver, path
+from kv_transfer import path
+from kv_transfer.direct import agent, driver
 from kv_transfer.direct.driver import Segment
 from kv_transfer.direct.pages import Ids, PageList, RegionIds
 from kv_transfer.direct.transfer import Telemetry
@@ -82,7 +84,8 @@ class HostMemory:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostMemory]:
     memory = HostMemory()
     make_path = path.make_path
-    monkeypatch.setattr(path, "make_path", lambda setting, nixl, _: make_path(setting, nixl, "cpu"))
+    device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(path, "make_path", lambda settings, nixl: make_path(replace(settings, device=device), nixl))
     monkeypatch.setattr(path, "PageCopier", HostCopier)
     monkeypatch.setattr(agent, "_GPU_MEMORY", "DRAM")
     monkeypatch.setattr(driver, "context", lambda device: nullcontext())

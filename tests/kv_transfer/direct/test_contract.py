@@ -11,7 +11,7 @@ from vllm.distributed.nixl_utils import NixlWrapper
 from kv_transfer.direct.agent import DirectAgent
 from tests.services.contract import parameters, require, source
 
-AGENT, PATH, METRICS = "kv_transfer/direct/agent.py", "kv_transfer/direct/path.py", "kv_transfer/metrics.py"
+AGENT, PATH, METRICS = "kv_transfer/direct/agent.py", "kv_transfer/path.py", "kv_transfer/metrics.py"
 
 Worker: Any = pull_worker.NixlPullConnectorWorker
 

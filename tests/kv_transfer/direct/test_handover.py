@@ -1,4 +1,4 @@
-"""KV between two real connectors, both halves of each, over the direct path and over NIXL; only the GPU is played."""
+"""KV between two real connectors, both halves of each, over the direct path and others; only the GPU is played."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from vllm.distributed.parallel_state import destroy_distributed_environment, des
 
 from bench.transfer import side as bench_side
 from bench.transfer.side import Side, SideJob
-from kv_transfer.direct import driver, path
+from kv_transfer import path
+from kv_transfer.direct import driver
 from kv_transfer.direct import offer as offer_module
+from kv_transfer.direct import path as direct_path
 from kv_transfer.direct.agent import DirectRead
+from kv_transfer.packed import path as packed_path
 from tests.kv_transfer.direct.conftest import HostMemory, HostTransfer
 
 TOKENS, BLOCK_SIZE, NUM_BLOCKS = 256, 32, 33
@@ -132,7 +135,7 @@ def test_larger_blocks_on_the_decode_side_are_filled_as_nixl_fills_them(pair: Ca
 
 
 def other_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(path, "boot_id", lambda: "another")
+    monkeypatch.setattr(direct_path, "boot_id", lambda: "another")
 
 
 def other_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +146,7 @@ def other_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert offer is not None
         return dataclasses.replace(offer, probe=bytes(len(offer.probe)))
 
-    monkeypatch.setattr(path, "read_offer", read)
+    monkeypatch.setattr(direct_path, "read_offer", read)
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +172,26 @@ def test_what_cannot_go_directly_goes_through_nixl_and_one_line_says_why(
     reason: str,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(path.logger, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(path.logger, "info", lambda text, *args: said.append(text % args))
     both = pair("auto")
     fault(monkeypatch)
     assert both.hand_over() == 0
     assert both.paths == ["nixl"]
     assert gpu.num_open == 0
-    assert len(said) == 1 and said[0].endswith(f"goes through NIXL: {reason}")
+    assert len(said) == 1
+    assert f"goes through NIXL: not direct, since {reason}; not packed, since it offers no packing" in said[0]
+
+
+def test_from_another_host_blocks_are_packed(
+    pair: Callable[..., Pair], gpu: HostMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = pair("auto", "tested")
+    other_host(monkeypatch)
+    monkeypatch.setattr(packed_path, "boot_id", lambda: "another")
+    assert both.hand_over() == 0
+    assert both.paths == ["packed"]
+    assert gpu.num_open == 0
+    assert both.is_prefill_free()
 
 
 def test_where_only_the_direct_path_is_allowed_a_peer_without_it_is_none(
@@ -256,17 +272,6 @@ def test_a_step_with_nothing_to_compute_waits_for_the_copy_and_not_for_long(pair
 def _any_page(handles: dict[int, Any]) -> tuple[Any, list[int]]:
     [handle] = handles.values()
     return handle, [0]
-
-
-@pytest.mark.parametrize("setting", ["rdma", "direct"])
-def test_a_setting_that_cannot_be_had_is_refused_at_start(setting: str) -> None:
-    with pytest.raises(ValueError, match="kv_transfer_path"):
-        path.make_path(setting, None, None)
-
-
-def test_without_gpus_nothing_stands_before_nixl() -> None:
-    agent = object()
-    assert path.make_path("auto", agent, None).agent is agent
 
 
 def test_a_wrong_block_would_be_found(pair: Callable[..., Pair]) -> None:

@@ -17,6 +17,7 @@ def test_bytes_and_seconds_are_counted_by_rank_and_path(llama: Path) -> None:
     stats.rank = 3
     stats.record_transfer(Telemetry(postDuration=10.0, xferDuration=2e6, totalBytes=700, descCount=7))
     stats.record_transfer(SimpleNamespace(xferDuration=1e6, postDuration=1e3, totalBytes=50, descCount=1))
+    stats.record_transfer(Telemetry(0.0, 3e6, totalBytes=80, descCount=1, path="packed", wireBytes=41))
     stats.record_transfer(None)
     registry = CollectorRegistry()
 
@@ -31,7 +32,17 @@ def test_bytes_and_seconds_are_counted_by_rank_and_path(llama: Path) -> None:
         (name, path): registry.get_sample_value(
             f"tknp_kv_transfer_path_{name}_total", {"engine": "0", "rank": "3", "path": path}
         )
-        for name in ("bytes", "seconds")
-        for path in ("direct", "nixl")
+        for name in ("bytes", "seconds", "wire_bytes")
+        for path in ("direct", "packed", "nixl")
     }
-    assert found == {("bytes", "direct"): 700, ("bytes", "nixl"): 50, ("seconds", "direct"): 2, ("seconds", "nixl"): 1}
+    assert found == {
+        ("bytes", "direct"): 700,
+        ("bytes", "packed"): 80,
+        ("bytes", "nixl"): 50,
+        ("seconds", "direct"): 2,
+        ("seconds", "packed"): 3,
+        ("seconds", "nixl"): 1,
+        ("wire_bytes", "direct"): 700,
+        ("wire_bytes", "packed"): 41,
+        ("wire_bytes", "nixl"): 50,
+    }
