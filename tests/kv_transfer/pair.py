@@ -4,6 +4,7 @@ makes, and when it reads a request's cache it insists on just that, so that one 
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import random
@@ -334,6 +335,19 @@ def world(config: Any, directory: Path) -> Iterator[None]:
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
+
+
+@contextmanager
+def vllm_log(handler: logging.Handler) -> Iterator[None]:
+    """`handler` gets what vLLM's loggers, which hand nothing on, warn of meanwhile."""
+    vllm = logging.getLogger("vllm")
+    vllm.addHandler(handler)
+    before, vllm.level = vllm.level, logging.WARNING
+    try:
+        yield
+    finally:
+        vllm.removeHandler(handler)
+        vllm.setLevel(before)
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
 from services.vllm_server import free_port
-from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, make_latent_model, prompt, run, world
+from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, make_latent_model, prompt, run, vllm_log, world
 from tests.services.building import BLOCK_SIZE, tiny_config
 from tests.soak.handovers import Fate, hand_over
 
 BYTES_PER_BLOCK = LAYERS * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
-
-
-@contextmanager
-def vllm_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What vLLM's loggers, which hand nothing on, say meanwhile."""
-    vllm = logging.getLogger("vllm")
-    vllm.addHandler(caplog.handler)
-    before, vllm.level = vllm.level, logging.WARNING
-    try:
-        yield
-    finally:
-        vllm.removeHandler(caplog.handler)
-        vllm.setLevel(before)
 
 
 class Pair:
@@ -253,7 +238,7 @@ def test_smaller_blocks_on_the_decode_side_are_refused(
 ) -> None:
     both = pair(prefill={"block_size": 2 * BLOCK_SIZE, "num_blocks": [30]})
     tokens = prompt(100, 1)
-    with vllm_log(caplog):
+    with vllm_log(caplog.handler):
         assert both.hand_over(tokens, both.offer(tokens)) == 100
     assert "the prefill engine's blocks have 64 tokens and ours 32, which is no multiple" in caplog.text
     assert len(both.decode.stats["failure_rank"]) == 1
@@ -283,7 +268,7 @@ def test_a_stock_prefill_engine_that_is_a_pipeline_is_not_pulled_from(
         tokens, both.offer(tokens)
     )  # connects: the engine here has one stage, and could not be asked for two
     tokens = prompt(100, 1)
-    with vllm_log(caplog):
+    with vllm_log(caplog.handler):
         assert both.hand_over(tokens, {**both.offer(tokens), "pp_size": 2}) == 100
     assert "the prefill engine is a pipeline of 2 stages" in caplog.text
     assert both.settle() == []
