@@ -26,7 +26,6 @@ def told_streams() -> list[Ask]:
     """As long, with all that a stream can say. The stop strings come at the end of the answers, or never."""
     fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": False}
     return [
-        completion(tokens(120, 5), 400, stop=["never, ever", "while writ"], **fields),
         chat("Write a long story.", 400, stop=[" abo value", "never, ever"], **fields),
         completion(tokens(120, 5), 400, logprobs=2, **{**fields, "return_token_ids": True}),
         chat("Write a long story.", 400, logprobs=True, top_logprobs=2, **fields),
