@@ -77,7 +77,7 @@ class Serving:
 
     def test_deleting_every_pod_at_once_ends_the_open_stream_whole(self, release: Release) -> None:
         """As `helm uninstall`: hooks, the router's draining and the engines' time-outs fit into the grace periods."""
-        count, pods = 1500, release.pods
+        count, pods = 800, release.pods
         _, pre_stop = pods["decode"].spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         with release.ask(max_tokens=count, stream=True, stream_options={"include_usage": True}) as reply:
             lines = filter(None, reply.iter_lines())
