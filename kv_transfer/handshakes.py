@@ -16,8 +16,11 @@ from typing import Any
 import msgspec
 import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import zmq_ctx
 from vllm.logger import init_logger
 from vllm.utils.network_utils import make_zmq_path
+
+from kv_transfer.identity import HandshakePayload
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -82,3 +85,20 @@ def _answers(host: str, port: int, patience: float) -> bool:
         sock.connect(make_zmq_path("tcp", host, port))
         sock.send(msgspec.msgpack.encode((GET_META_MSG, 0, 0)))
         return bool(sock.poll(int(patience * 1000)))
+
+
+def fetch_payload(host: str, port: int, worker: tuple[int, int]) -> HandshakePayload:
+    """Asks again what vLLM's handshake asked, whose decoder drops what it does not know; a stock engine's answer has
+    nothing in our fields.
+
+    Args:
+        worker: pipeline and tensor-parallel rank.
+
+    Raises:
+        zmq.Again: no answer.
+        msgspec.MsgspecError: it is none.
+    """
+    with zmq_ctx(zmq.REQ, make_zmq_path("tcp", host, port)) as socket:
+        socket.setsockopt(zmq.RCVTIMEO, int(_LONGEST_PATIENCE * 1e3))
+        socket.send(msgspec.msgpack.encode((GET_META_MSG, *worker)))
+        return msgspec.msgpack.decode(socket.recv_multipart()[0], type=HandshakePayload)

@@ -45,9 +45,16 @@ class LeaseTableAddress:
 
 @dataclass
 class HandshakePayload(NixlHandshakePayload):
-    """vLLM's payload and the worker's lease table. A stock decode engine ignores what it does not know."""
+    """vLLM's payload and the worker's lease table. A stock decode engine ignores what it does not know.
+
+    Attributes:
+        side_channel: where the worker listens (kv_transfer.side_channel).
+        streams: where its scheduler tells of requests that are still computed (kv_transfer.stream_source).
+    """
 
     lease_table: tuple[int, ...] = ()
+    side_channel: str = ""
+    streams: str = ""
 
 
 class LeaseTable:
