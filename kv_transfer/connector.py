@@ -26,7 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBase
 from kv_transfer.metadata import TransferReport
 from kv_transfer.metrics import TransferMetrics, TransferStats
 from kv_transfer.scheduler import TokenParallelConnectorScheduler
-from kv_transfer.worker import TokenParallelConnectorWorker
+from kv_transfer.streaming_worker import StreamingConnectorWorker
 from tknp.common.partition import get_partition
 
 
@@ -34,7 +34,7 @@ class TokenParallelKVConnector(NixlPullConnector):
     """See the module."""
 
     connector_scheduler: TokenParallelConnectorScheduler | None
-    connector_worker: TokenParallelConnectorWorker | None
+    connector_worker: StreamingConnectorWorker | None
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         # Past NixlPullConnector's own, which would make vLLM's two halves.
@@ -49,7 +49,7 @@ class TokenParallelKVConnector(NixlPullConnector):
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
-            self.connector_worker = TokenParallelConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+            self.connector_worker = StreamingConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
 
     def get_finished_count(self) -> int | None:
         """Workers that report a request as done: those of the rank that owns it. None stands for all."""

@@ -39,6 +39,7 @@ class Stale(Enum):
     TOO_LATE = "too_late"  # of a stock prefill engine, longer after the offer than its lease is sure to last
     OTHER_PROMPT = "other_prompt"
     CHECKSUM = "checksum"
+    STREAM_BROKEN = "stream_broken"  # before its prefill's end
 
 
 class QuietReads:

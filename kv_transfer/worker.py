@@ -98,6 +98,7 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
         self._silence_limit = SilenceLimit()
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, tuple[int, int]] = {}
+        self._hidden: dict[str, int] = {}  # bytes that a streamed request had at its prefill's end
         self._ended: dict[str, TransferRecord] = {}
         self._lease_ids: dict[str, str] = {}
         self._released: dict[str, float] = {}
@@ -352,7 +353,8 @@ class TokenParallelConnectorWorker(NixlPullConnectorWorker):
             self.kv_bytes_received += kv_bytes
             if begun is None or request_id in results.failed_recving:
                 continue
-            record = TransferRecord(self.rank, kv_bytes, count, transfer_begin=begun, transfer_end=time.time())
+            hidden = self._hidden.pop(request_id, 0)
+            record = TransferRecord(self.rank, kv_bytes, count, begun, time.time(), hidden)
             self._ended[request_id] = record
             self.xfer_stats.record_pull(record)
         for request_id in results.finished_sending:

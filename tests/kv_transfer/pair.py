@@ -41,6 +41,7 @@ from tests.services.building import BLOCK_SIZE, MAX_MODEL_LEN
 from tknp.common.partition import BlockPartition, RankPlace, set_partition, set_place
 
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 32
+BYTES_PER_BLOCK = LAYERS * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
 
 
 def kv_of(token_ids: Sequence[int]) -> torch.Tensor:
@@ -60,10 +61,12 @@ class Engine:
         connector: str = "TokenParallelKVConnector",
         engine_id: str | None = None,
         block_size: int = BLOCK_SIZE,
+        step_tokens: int = 2048,
         **extra: Any,
     ) -> None:
         """Args:
         num_blocks: of each token-parallel rank.
+        step_tokens: that one step computes at most.
         extra: `kv_connector_extra_config`.
         """
         self.port = free_port()
@@ -77,7 +80,7 @@ class Engine:
             enforce_eager=True,
             enable_prefix_caching=True,
             max_num_seqs=64,
-            max_num_batched_tokens=2048,
+            max_num_batched_tokens=step_tokens,
             kv_transfer_config=KVTransferConfig(
                 kv_connector=connector,
                 kv_role=role,
@@ -258,6 +261,44 @@ class Engine:
     def shutdown(self) -> None:
         for connector in (*self.workers, self.scheduler.connector):
             connector.shutdown()
+
+
+class Pair:
+    """One prefill and one decode engine with two ranks."""
+
+    def __init__(self, model: Path, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+        self.prefill = Engine(model, "kv_producer", **{"num_blocks": [60], **prefill})
+        self.decode = Engine(model, "kv_consumer", **{"num_blocks": [40, 40], **decode})
+        self.num_requests = 0
+
+    def offer(self, tokens: list[int], **params: Any) -> Any:
+        """The prefill leg: what the prefill engine answers."""
+        self.num_requests += 1
+        name = f"p{self.num_requests}"
+        self.prefill.prefill(name, tokens, **params)
+        run(self.prefill, until=lambda: name in self.prefill.answered)
+        return self.prefill.answered[name]
+
+    def hand_over(self, tokens: list[int], params: Any, index: str = "") -> int:
+        """The decode leg, to its end. Returns how many tokens the decode engine computed of the prompt."""
+        self.num_requests += 1
+        name = f"{index}d{self.num_requests}"
+        self.decode.add(name, tokens, 3, dict(params))
+        run(self.prefill, self.decode, until=lambda: name in self.decode.answered)
+        return self.decode.computed[name] - 2
+
+    def lose(self, params: Any) -> None:
+        """The lease of an offer runs out, and others write to its blocks."""
+        self.prefill.lose_lease(params["remote_request_id"])
+        self.prefill.overwrite()
+
+    def settle(self) -> list[str]:
+        """Waits until nothing is held on either side. Returns what was stale since the last call."""
+        run(self.prefill, self.decode, until=lambda: self.prefill.is_idle() and self.decode.is_idle())
+        for engine in (self.prefill, self.decode):
+            assert engine.num_free_blocks == engine.num_usable_blocks
+            engine.scheduler.reset_prefix_cache()
+        return self.decode.stats.pop("stale_reason", [])
 
 
 @contextmanager
