@@ -6,6 +6,7 @@ Scheduler side
     build_connector_meta         orders the pulls, with their owners
     update_connector_output      keeps the records of finished pulls
 Worker side
+    save_kv_layer                tells of layers that are computed, where they are streamed
     start_load_kv                the owner starts its pulls; nobody else does, and nothing passes through the root
     get_transfer_results         the owner reports what is done
     build_connector_worker_meta  and how long it took
@@ -50,6 +51,11 @@ class TokenParallelKVConnector(NixlPullConnector):
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             self.connector_worker = StreamingConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+
+    def save_kv_layer(self, layer_name: str, *args: Any, **kwargs: Any) -> None:
+        """vLLM has launched a layer's attention."""
+        assert self.connector_worker is not None
+        self.connector_worker.save_layer(layer_name, self._connector_metadata)
 
     def get_finished_count(self) -> int | None:
         """Workers that report a request as done: those of the rank that owns it. None stands for all."""

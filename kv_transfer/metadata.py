@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerM
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 
 from kv_transfer.identity import Offer
+from kv_transfer.stream_source import Chunk
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         lease_blocks: dict[str, BlockIds] | None = None,
         step: int | None = None,
         ended: set[str] | None = None,
+        chunks: dict[str, Chunk] | None = None,
     ) -> None:
         """Args:
         base: vLLM's own, whose content is taken over.
@@ -58,6 +60,7 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         lease_blocks: by request id, their blocks by group; only in the test mode of kv_transfer.checksums.
         step: its number, which the workers report when they have computed it; None if nothing is streamed from here.
         ended: requests whose KV cache is streamed to here, and that have ended.
+        chunks: what is computed of those that are streamed from here, by stream.
         """
         self.__dict__.update(base.__dict__)
         self.pulls = pulls
@@ -67,6 +70,7 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         self.lease_blocks = lease_blocks or {}
         self.step = step
         self.ended = ended or set()
+        self.chunks = chunks or {}
 
 
 @dataclass(frozen=True)

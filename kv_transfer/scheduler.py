@@ -157,8 +157,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         lease_ids, self._lease_ids = self._lease_ids, {}
         ended, self._ended_streams = self._ended_streams, set()
         self._num_steps += 1
-        if self._source is not None:
-            self._source.schedule(self._num_steps, scheduler_output)
+        chunks = {} if self._source is None else self._source.schedule(self._num_steps, scheduler_output)
         return TokenParallelConnectorMetadata(
             base,
             pulls,
@@ -168,6 +167,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             lease_blocks={r: self._lease_blocks.pop(r, ()) for r in base.reqs_to_send} if self._sums_blocks else None,
             step=self._num_steps if self._source is not None and self._source.has_streams else None,
             ended=ended,
+            chunks=chunks,
         )
 
     def update_connector_output(self, connector_output: Any) -> None:

@@ -43,14 +43,24 @@ class _Stream:
 
 
 @dataclass(frozen=True)
-class _Scheduled:
-    """What a step will have computed of a request."""
+class Chunk:
+    """What a step computes of a streamed request; see the module.
 
-    step: int
-    request_id: str
+    Attributes:
+        num_tokens_before, num_tokens: that are computed before the step, and after it.
+    """
+
     generation: int
+    num_tokens_before: int
     num_tokens: int
     block_ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Scheduled:
+    step: int
+    request_id: str
+    chunk: Chunk
 
 
 class StreamSource:
@@ -85,10 +95,11 @@ class StreamSource:
                 self._streams.setdefault(name, _Stream()).request_id = request_id
                 self._names[request_id] = name
 
-    def schedule(self, step: int, output: Any) -> None:
-        """Notes what a step, of vLLM's SchedulerOutput, will compute of the streamed requests."""
+    def schedule(self, step: int, output: Any) -> dict[str, Chunk]:
+        """Notes what a step, of vLLM's SchedulerOutput, will compute of the streamed requests; returns it by stream."""
+        chunks: dict[str, Chunk] = {}
         if not self._names or not self._tells_progress:
-            return
+            return chunks
         with self._lock:
             new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
             # One that was preempted between two steps is only seen to come back.
@@ -103,17 +114,19 @@ class StreamSource:
                 block_ids = output.kv_connector_block_state.get_block_ids(request_id)
                 if stream and END not in stream.news and block_ids is not None:
                     num_tokens = num_computed + output.num_scheduled_tokens[request_id]
-                    scheduled = _Scheduled(step, request_id, stream.generation, num_tokens, list(block_ids[0]))
-                    self._scheduled.append(scheduled)
+                    chunk = Chunk(stream.generation, num_computed, num_tokens, list(block_ids[0]))
+                    self._scheduled.append(_Scheduled(step, request_id, chunk))
+                    chunks[self._names[request_id]] = chunk
+        return chunks
 
     def computed(self, step: int) -> None:
         """All workers have finished this step, and so those before."""
         with self._lock:
             while self._scheduled and self._scheduled[0].step <= step:
                 done = self._scheduled.popleft()
-                stream = self._stream_of(done.request_id)
-                if stream and stream.generation == done.generation and END not in stream.news:
-                    self._tell(stream, PROGRESS, [done.generation, done.num_tokens, done.block_ids])
+                stream, chunk = self._stream_of(done.request_id), done.chunk
+                if stream and stream.generation == chunk.generation and END not in stream.news:
+                    self._tell(stream, PROGRESS, [chunk.generation, chunk.num_tokens, chunk.block_ids])
 
     def finish(self, request_id: str, params: dict[str, Any] | None) -> None:
         """A request has ended; `params`: where its KV cache is kept, None if it is not."""

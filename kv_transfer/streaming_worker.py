@@ -8,17 +8,24 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from kv_transfer.handshakes import fetch_payload
 from kv_transfer.identity import OFFER_PARAM, Offer
+from kv_transfer.layer_source import LayerSource
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferReport
+from kv_transfer.side_channel import SideChannel
 from kv_transfer.stream_reader import StreamReader, StreamState
 from kv_transfer.worker import TokenParallelConnectorWorker
 
 logger = init_logger(f"vllm.{__name__}")
+
+_WHOLE = ()
+"""Of a part: all regions."""
 
 _STREAM_SECONDS = 900.0
 """After which a stream that has not ended is given up (`stream_seconds`), as of a prefill engine that has forgotten the
@@ -34,6 +41,8 @@ class _StreamedPull:
         state: what the stream says; so too.
         num_held: blocks here, before those of the order, that a prefix hit filled.
         generation, pulled: the stream's, and the blocks there that were read of it, which follow those of the hit.
+        ahead, num_regions: the blocks after these, of which so many regions were read.
+        layers: what each prefill worker that is read from says; empty if one of them says nothing.
     """
 
     name: str
@@ -44,7 +53,17 @@ class _StreamedPull:
     num_held: int = 0
     generation: int = 0
     pulled: list[int] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)
+    num_regions: int = 0
+    layers: list[StreamState] = field(default_factory=list)
     is_cancelled: bool = False
+
+    def chunk(self) -> StreamState | None:
+        """What all the workers have computed some layers of, if they are at the same chunk."""
+        if len({(one.generation, one.num_tokens_before, one.num_tokens) for one in self.layers}) != 1:
+            return None
+        least = min(self.layers, key=lambda one: one.num_regions)
+        return least if least.num_regions and least.generation == self.generation else None
 
 
 class StreamingConnectorWorker(TokenParallelConnectorWorker):
@@ -53,11 +72,32 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._stream_seconds = vllm_config.kv_transfer_config.get_from_extra_config("stream_seconds", _STREAM_SECONDS)
-        self._addresses: dict[str, str] = {}  # of the streams of prefill engines
+        # Of prefill engines: where they tell of streams, their schedulers and their workers by tensor-parallel rank.
+        self._addresses: dict[str, tuple[str, dict[int, str]]] = {}
         self._reader = StreamReader()
         self._streamed: dict[str, _StreamedPull] = {}
-        self._is_part = False  # what is read now is not the last of its request
+        self._part: tuple[int, int, int] | tuple[()] | None = None  # that is read now, which is not the last
         self._step: int | None = None
+        self.side_channel: SideChannel | None = None
+        self._layers: LayerSource | None = None
+
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        super().register_kv_caches(kv_caches)
+        transfer = self.vllm_config.kv_transfer_config
+        if not transfer.is_kv_producer:
+            return
+        self.side_channel = SideChannel(envs.VLLM_NIXL_SIDE_CHANNEL_HOST)
+        self.xfer_handshake_metadata.side_channel = self.side_channel.address
+        on_gpu = not current_platform.is_cpu()
+        # Micro-batches pass each layer one after the other.
+        is_layered = set(self.region_names) == set(kv_caches) and not self.vllm_config.parallel_config.use_ubatching
+        if is_layered and transfer.get_from_extra_config("stream_layers", on_gpu):
+            self._layers = LayerSource(self.side_channel, self.region_names, on_gpu)
+
+    def save_layer(self, layer_name: str, orders: Any) -> None:
+        """See LayerSource.saved."""
+        if self._layers is not None and orders.chunks:
+            self._layers.saved(layer_name, orders)
 
     # -- orders --
 
@@ -77,7 +117,10 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
     def _nixl_handshake(self, host: str, port: int, *args: Any, **kwargs: Any) -> Any:
         made = super()._nixl_handshake(host, port, *args, **kwargs)
         try:
-            self._addresses[args[1]] = fetch_payload(host, port, (0, 0)).streams
+            agents, _ = made
+            told = {rank: fetch_payload(host, port, (stage, rank)) for stage, rank in agents}
+            workers = {rank: payload.side_channel for rank, payload in told.items()}
+            self._addresses[args[1]] = next(iter(told.values())).streams, workers
         except Exception as error:  # noqa: BLE001 - whatever it is, this engine's offers can be read without
             logger.warning("prefill engine %s did not say where it streams: %r", args[1], error)
         return made
@@ -87,15 +130,27 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
         engine_id = meta.remote.engine_id
         is_connected = engine_id in self._remote_agents and engine_id not in self._invalid_remote_engines
         if streamed is None or not is_connected:
+            if is_connected and any(meta.local_block_ids) and self._ratio(meta) > 1:
+                self._skip_held(meta)
             super()._read_blocks_for_req(req_id, meta)
             return
         if meta.awaiting_kvs:
             self._recving_transfers.setdefault(req_id, [])
         streamed.meta, streamed.num_held = meta, sum(meta.local_num_computed_blocks[:1])
         try:
-            streamed.state = self._reader.subscribe(self._addresses.get(engine_id, ""), streamed.name)
+            address, workers = self._addresses.get(engine_id, ("", {}))
+            streamed.state = self._reader.subscribe(address, streamed.name)
+            sources = [workers.get(rank, "") for rank in self.tp_mappings[engine_id].all_source_ranks]
+            if all(sources) and not self._transfer_layer_group_ids:
+                streamed.layers = [self._reader.subscribe(source, streamed.name) for source in sources]
         except ValueError as error:
             self._give_up(req_id, str(error))
+
+    def _skip_held(self, meta: Any) -> None:
+        """Leaves out of what was offered the blocks that a prefix hit filled here. vLLM takes as many of the last
+        blocks there as blocks here have parts (_apply_prefix_caching), also where the last block here is not full."""
+        num_held = sum(meta.local_num_computed_blocks[:1]) * self._ratio(meta)
+        meta.remote = replace(meta.remote, block_ids=(list(meta.remote.block_ids[0])[num_held:],))
 
     # -- progress --
 
@@ -139,35 +194,66 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
         """Whether what was read is of the same generation as what is told now; if not, it is forgotten as soon as
         nothing of it is under way, which could arrive after what comes next."""
         if streamed.generation != state.generation and not self._recving_transfers.get(request_id):
-            streamed.generation, streamed.pulled = state.generation, []
+            streamed.generation, streamed.pulled, streamed.ahead = state.generation, [], []
         return streamed.generation == state.generation
 
     def _read_part(self, request_id: str, streamed: _StreamedPull, state: StreamState) -> None:
+        """Reads what is complete, and of what comes after it the layers that are there."""
         meta = streamed.meta
         ratio = self._ratio(meta)
         if not ratio or not any(meta.local_block_ids):
             return
-        block_size = ratio * self.transfer_topo.get_engine_info(meta.remote.engine_id).remote_block_size
-        (local,) = meta.local_block_ids
-        begin = len(streamed.pulled) // ratio
-        end = min(state.num_tokens // block_size - streamed.num_held, len(local))
-        if end <= begin:
+        num_tokens, block_ids, chunk = state.num_tokens, state.block_ids, streamed.chunk()
+        if chunk is not None and chunk.num_tokens > num_tokens:
+            num_tokens, block_ids = max(num_tokens, chunk.num_tokens_before), chunk.block_ids
+        there = block_ids[streamed.num_held * ratio :]
+        end, begin = self._num_blocks(meta, num_tokens, streamed) * ratio, len(streamed.pulled)
+        if end > begin:
+            self._finish_ahead(request_id, streamed, end)
+            self._read_some(request_id, meta, len(streamed.pulled), there[len(streamed.pulled) : end])
+            streamed.pulled += there[len(streamed.pulled) : end]
+        if chunk is None or request_id in self._recv_failures:
             return
-        there = state.block_ids[(streamed.num_held + begin) * ratio : (streamed.num_held + end) * ratio]
-        if len(there) != (end - begin) * ratio:
-            self._give_up(request_id, f"{state.num_tokens} tokens do not lie in {len(state.block_ids)} blocks")
+        ahead = there[len(streamed.pulled) : self._num_blocks(meta, chunk.num_tokens, streamed) * ratio]
+        if ahead and streamed.ahead in ([], ahead):
+            regions = (streamed.num_regions if streamed.ahead else 0, chunk.num_regions)
+            streamed.ahead, streamed.num_regions = ahead, chunk.num_regions
+            self._read_some(request_id, meta, len(streamed.pulled), ahead, regions)
+
+    def _num_blocks(self, meta: Any, num_tokens: int, streamed: _StreamedPull) -> int:
+        """Of the order, those that so many tokens fill."""
+        remote = self.transfer_topo.get_engine_info(meta.remote.engine_id)
+        block_size = self._ratio(meta) * remote.remote_block_size
+        return max(0, min(int(num_tokens // block_size) - streamed.num_held, len(meta.local_block_ids[0])))
+
+    def _finish_ahead(self, request_id: str, streamed: _StreamedPull, end: int) -> None:
+        """Of the blocks that were read ahead, those before `end` of the order are complete."""
+        ahead = streamed.ahead[: end - len(streamed.pulled)]
+        self._read_some(
+            request_id, streamed.meta, len(streamed.pulled), ahead, (streamed.num_regions, self.num_regions)
+        )
+        streamed.pulled += ahead
+        streamed.ahead = streamed.ahead[len(ahead) :]
+
+    def _read_some(
+        self, request_id: str, meta: Any, begin: int, there: list[int], regions: tuple[int, int] | None = None
+    ) -> None:
+        """Reads blocks `there`, which go to those of the order from `begin`, counted in blocks there."""
+        ratio = self._ratio(meta)
+        here = list(meta.local_block_ids[0][begin // ratio : (begin + len(there)) // ratio])
+        is_empty = not here or (regions is not None and regions[0] >= regions[1])
+        if is_empty or request_id in self._recv_failures:
             return
-        streamed.pulled += there
-        self._is_part = True
+        self._part = (*regions, self.num_regions) if regions else _WHOLE
         try:
-            super()._read_blocks_for_req(request_id, _between(meta, local[begin:end], there))
+            super()._read_blocks_for_req(request_id, _between(meta, here, there))
         finally:
-            self._is_part = False
+            self._part = None
 
     def _read_blocks(self, **kwargs: Any) -> bool:
-        if not self._is_part:
+        if self._part is None:
             return super()._read_blocks(**kwargs)
-        with self.nixl_wrapper.quiet():
+        with self.nixl_wrapper.quiet(self._part or None):
             # Past our own, which would expect the check of its lease.
             return bool(NixlPullConnectorWorker._read_blocks(self, **kwargs))
 
@@ -221,21 +307,24 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
     def _read_rest(self, request_id: str, streamed: _StreamedPull, meta: Any) -> None:
         """`meta`: the order with the offer in it."""
         ratio = self._ratio(meta)
-        num_kept = 0
+        rest = meta
         if ratio:
             (local,), (all_there,) = meta.local_block_ids, meta.remote.block_ids
             there = all_there[streamed.num_held * ratio :]
-            same = [a == b for a, b in zip(streamed.pulled, there, strict=False)]
+            read = streamed.pulled + streamed.ahead
+            same = [a == b for a, b in zip(read, there, strict=False)]
             num_same = same.index(False) if False in same else len(same)
-            if num_same < len(streamed.pulled) and self._recving_transfers.get(request_id):
+            if num_same < len(read) and self._recving_transfers.get(request_id):
                 return  # what is under way must not arrive after what is read in its place
-            # The last block always comes now: with it come the check and the notification.
+            # The last block always comes now, and whole: with it come the check and the notification.
             num_kept = min(num_same // ratio, len(local) - 1)
-        self._drop(request_id)
-        rest = meta
-        if num_kept:
+            del streamed.pulled[num_kept * ratio :]
+            self._finish_ahead(request_id, streamed, num_kept * ratio)
+            if request_id in self._recv_failures:
+                return
             meta = replace(meta, remote=replace(meta.remote, block_ids=(there,)))
             rest = _between(meta, local[num_kept:], there[num_kept * ratio :])
+        self._drop(request_id)
         self._recving_metadata[request_id] = meta
         super()._read_blocks_for_req(request_id, rest)
 
@@ -260,6 +349,10 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
     def shutdown(self) -> None:
         if hasattr(self, "_reader"):
             self._reader.close()
+            if self._layers is not None:
+                self._layers.close()
+            if self.side_channel is not None:
+                self.side_channel.close()
         super().shutdown()
 
     # -- prefill engines --

@@ -109,6 +109,8 @@ class Engine:
         """Tokens of each request that were computed here."""
         self.on_poll: Callable[[], None] = lambda: None
         """Called in each step between the posting of reads and the first look at them."""
+        self.on_layer: Callable[[], None] = lambda: None
+        """Called after each layer of a step in which something is computed."""
 
     def _make_scheduler(self) -> Any:
         is_split = self.partition.size > 1
@@ -170,6 +172,9 @@ class Engine:
         tokens = {r: self._compute(r, n) for r, n in output.num_scheduled_tokens.items()}
         for connector in self.workers:
             connector.bind_connector_metadata(pickle.loads(pickle.dumps(output.kv_connector_metadata)))
+            for layer in connector.cache if tokens else ():
+                connector.save_kv_layer(layer, None, None)
+                self.on_layer()
             connector.start_load_kv(None)
         self.on_poll()
         parts = [self._report(connector, output.finished_req_ids) for connector in self.workers]

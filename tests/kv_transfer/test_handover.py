@@ -169,6 +169,10 @@ def test_larger_blocks_on_the_decode_side(pair: Callable[..., Pair]) -> None:
     for i, length in enumerate((20, 64, 100, 129, 300)):
         tokens = prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1
+    shared = prompt(4 * BLOCK_SIZE, 7)
+    for i, length in enumerate((20, 40, 200)):  # the second and the third find the shared blocks here
+        tokens = shared + prompt(length, i)
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
     assert both.settle() == []
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kv_transfer.pair import BYTES_PER_BLOCK, Pair, prompt, run
+from tests.kv_transfer.pair import BYTES_PER_BLOCK, LAYERS, Pair, prompt, run
 from tests.services.building import BLOCK_SIZE
 
 CHUNK = 4  # blocks that the prefill engine computes in a step
@@ -17,8 +18,9 @@ CHUNK = 4  # blocks that the prefill engine computes in a step
 class Streams(Pair):
     """A pair whose prefill engine computes prompts in chunks."""
 
-    def __init__(self, model: Path, num_blocks: int = 60, **decode: Any) -> None:
-        super().__init__(model, {"step_tokens": CHUNK * BLOCK_SIZE, "num_blocks": [num_blocks]}, decode)
+    def __init__(self, model: Path, num_blocks: int = 60, stream_layers: bool = False, **decode: Any) -> None:
+        prefill = {"step_tokens": CHUNK * BLOCK_SIZE, "num_blocks": [num_blocks], "stream_layers": stream_layers}
+        super().__init__(model, prefill, decode)
 
     def begin(self, tokens: list[int], other: list[int] | None = None, **params: Any) -> str:
         """Both legs, the decode leg first. Returns their number; the requests are `p` and `d` with it, and the lease
@@ -43,15 +45,20 @@ class Streams(Pair):
         self.prefill.prefill(f"p{number}", tokens, tknp_lease_id=f"l{number}", tknp_stream=True)
         return number
 
-    def num_arrived(self, number: str) -> int:
-        """Blocks of the decode leg."""
+    def num_arrived(self, number: str) -> float:
+        """Blocks of the decode leg; a layer of a block is a part of one."""
         workers = [worker.connector_worker for worker in self.decode.workers]
-        return sum(worker._pulled.get(f"d{number}", (0, 0))[0] for worker in workers) // BYTES_PER_BLOCK
+        return sum(worker._pulled.get(f"d{number}", (0, 0))[0] for worker in workers) / BYTES_PER_BLOCK
 
-    def chunk(self, number: str, num_arrived: int) -> None:
+    def chunk(self, number: str, num_arrived: float) -> None:
         """The prefill engine's next step, and what the decode engine then pulls."""
         self.prefill.step()
         run(self.decode, until=lambda: self.num_arrived(number) == num_arrived)
+
+    def subscribe(self) -> None:
+        """Steps the decode engine until it listens."""
+        workers = [worker.connector_worker for worker in self.decode.workers]
+        run(self.decode, until=lambda: any(one.state for worker in workers for one in worker._streamed.values()))
 
     def end(self, number: str) -> int:
         """Both legs to their ends. Returns how many tokens of the prompt the decode engine computed."""
@@ -194,6 +201,30 @@ def test_another_prompt_s_stream_is_not_used(both: Streams) -> None:
 
 def test_what_is_refused_is_let_go_all_the_same(both: Streams) -> None:
     assert both.end(both.begin(prompt(300, 1), pp_size=2)) == 300
+    assert both.settle() == []
+
+
+@pytest.mark.parametrize("block_size", [BLOCK_SIZE, 2 * BLOCK_SIZE])
+def test_layers_cross_while_the_next_one_is_computed(streams: Callable[..., Streams], block_size: int) -> None:
+    both = streams(stream_layers=True, block_size=block_size)
+    number = both.begin(prompt(4 * CHUNK * BLOCK_SIZE - 5, 1))
+    both.subscribe()
+    last = block_size // BLOCK_SIZE  # is not full
+    counts = [CHUNK, 2 * CHUNK, 3 * CHUNK, 4 * CHUNK - last]
+    due = [before + (now - before) * i / LAYERS for before, now in pairwise((0, *counts)) for i in range(1, LAYERS + 1)]
+
+    def pull() -> None:
+        num_arrived = due.pop(0)
+        run(both.decode, until=lambda: both.num_arrived(number) == num_arrived)
+
+    both.prefill.on_layer = pull
+    assert both.end(number) == 1
+    both.prefill.on_layer = lambda: None
+    assert due == []
+    assert both.taken("pull_hidden_bytes") == [counts[-1] * BYTES_PER_BLOCK]
+    assert both.taken("pull_bytes") == [4 * CHUNK * BYTES_PER_BLOCK]
+    for i, length in enumerate((20, 200, 9 * BLOCK_SIZE, 333)):
+        assert both.end(both.begin(prompt(length, i))) == 1
     assert both.settle() == []
 
 
