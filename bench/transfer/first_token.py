@@ -85,7 +85,7 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
         raise ValueError("vLLM's own connector does not stream; give --path direct or --path nixl")
     pairs = []
     for number, path in enumerate(plan.paths):
-        sides = []
+        sides: list[Served] = []
         for side, role in enumerate(("kv_producer", "kv_consumer")):
             job = EngineJob(
                 path,
@@ -98,7 +98,8 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
                 *((plan.streamed_chunk,) if plan.streamed_chunk else ()),
             )
             sides.append(Served(f"{path} {role} engine", serve, job))
-        pairs.append(_Engines(path, *sides, is_streamed=plan.streamed_chunk is not None))
+        prefill, decode = sides
+        pairs.append(_Engines(path, prefill, decode, is_streamed=plan.streamed_chunk is not None))
     with ready(*(side for pair in pairs for side in (pair.prefill, pair.decode))):
         first = {pair.path: _warm_up(pair) for pair in pairs}
         say("; ".join(f"{path}: first request {seconds * 1e3:.1f} ms" for path, seconds in first.items()))

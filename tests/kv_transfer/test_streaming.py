@@ -48,7 +48,8 @@ class Streams(Pair):
     def num_arrived(self, number: str) -> float:
         """Blocks of the decode leg; a layer of a block is a part of one."""
         workers = [worker.connector_worker for worker in self.decode.workers]
-        return sum(worker._pulled.get(f"d{number}", (0, 0))[0] for worker in workers) / BYTES_PER_BLOCK
+        num_bytes: int = sum(worker._pulled.get(f"d{number}", (0, 0))[0] for worker in workers)
+        return num_bytes / BYTES_PER_BLOCK
 
     def chunk(self, number: str, num_arrived: float) -> None:
         """The prefill engine's next step, and what the decode engine then pulls."""
@@ -160,7 +161,7 @@ def test_a_decode_leg_that_is_aborted_gives_its_blocks_back_when_nothing_writes_
     number = both.begin(prompt(500, 1))
     both.chunk(number, CHUNK)
     both.prefill.step()
-    seen = []
+    seen: list[int] = []
 
     def abort() -> None:  # a read is under way
         if not seen and any(w.connector_worker._recving_transfers.get(f"d{number}") for w in both.decode.workers):
@@ -181,7 +182,7 @@ def test_a_lease_that_ends_during_the_last_pull_makes_all_void(both: Streams) ->
     number = both.begin(prompt(500, 1))
     for i in range(1, 4):
         both.chunk(number, i * CHUNK)
-    lost = []
+    lost: list[bool] = []
 
     def lose() -> None:
         if not lost and any(len(worker.connector_worker._checks) for worker in both.decode.workers):

@@ -90,7 +90,8 @@ def test_only_where_it_is_wanted_and_possible(start_streaming: StartStack, start
 
 def test_a_prefill_leg_that_fails_ends_the_decode_leg_and_is_tried_again(start_streaming: StartStack) -> None:
     stack = start_streaming(num_prefill=2)
-    decode, hung_up = stack.decode[0], []
+    decode = stack.decode[0]
+    hung_up: list[ScriptedEngine] = []
 
     async def fail_once(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
         await asyncio.sleep(0.2)
