@@ -89,10 +89,10 @@ class StreamSource:
     # -- of the scheduler --
 
     def open(self, request_id: str, name: str) -> None:
-        """A request has come whose KV cache is streamed."""
+        """A request has come whose KV cache is streamed, unless another one is, or was, under this name."""
         with self._lock:
-            if name not in self._over:
-                self._streams.setdefault(name, _Stream()).request_id = request_id
+            if name not in self._over and self._streams.setdefault(name, _Stream()).request_id is None:
+                self._streams[name].request_id = request_id
                 self._names[request_id] = name
 
     def schedule(self, step: int, output: Any) -> dict[str, Chunk]:

@@ -200,6 +200,15 @@ def test_another_prompt_s_stream_is_not_used(both: Streams) -> None:
     assert both.settle() == ["other_prompt"]
 
 
+def test_a_name_that_is_taken_is_nobody_else_s(both: Streams) -> None:
+    number = both.begin(prompt(300, 1))
+    both.prefill.prefill("impostor", prompt(300, 2), tknp_stream=True, tknp_lease_id=f"l{number}")
+    assert both.end(number) == 1
+    run(both.prefill, until=lambda: "impostor" in both.prefill.answered)
+    both.prefill.lose_lease("impostor")
+    assert both.settle() == []
+
+
 def test_what_is_refused_is_let_go_all_the_same(both: Streams) -> None:
     assert both.end(both.begin(prompt(300, 1), pp_size=2)) == 300
     assert both.settle() == []
