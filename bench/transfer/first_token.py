@@ -158,7 +158,7 @@ def _measure(
         median = statistics.median(beyond)
         hidden = statistics.median(run.hidden_share for run in measured)
         exposed = size * (1 - hidden)
-        if plan.link is not None and size / median > plan.link and not pair.is_streamed:
+        if not pair.is_streamed and plan.link is not None and size / median > plan.link:
             raise BeyondLinkError(
                 f"{pair.path}, {requests} x {tokens} tokens: {size / median / 1e9:.0f} GB/s, but the link gives "
                 f"{plan.link / 1e9:.0f}"
@@ -175,7 +175,7 @@ def _measure(
             first_token_ms=round(median * 1e3, 3),
             least_first_token_ms=round(min(beyond) * 1e3, 3),
             most_first_token_ms=round(max(beyond) * 1e3, 3),
-            gigabytes_per_second=round(exposed / median / 1e9, 1),
+            gigabytes_per_second=round(exposed / median / 1e9, 1) if median > 0 else 0.0,
             handover_ms=round((median - exposed / plan.link if plan.link else median) * 1e3, 3),
             bare_step_ms=round(bare * 1e3, 3),
             prefill_ms=round(statistics.median(run.prefill_seconds for run in measured) * 1e3, 1),
