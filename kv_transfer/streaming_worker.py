@@ -93,6 +93,7 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
         is_layered = set(self.region_names) == set(kv_caches) and not self.vllm_config.parallel_config.use_ubatching
         if is_layered and transfer.get_from_extra_config("stream_layers", on_gpu):
             self._layers = LayerSource(self.side_channel, self.region_names, on_gpu)
+            self.xfer_handshake_metadata.tells_layers = True
 
     def save_layer(self, layer_name: str, orders: Any) -> None:
         """See LayerSource.saved."""
@@ -119,7 +120,7 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
         try:
             agents, _ = made
             told = {rank: fetch_payload(host, port, (stage, rank)) for stage, rank in agents}
-            workers = {rank: payload.side_channel for rank, payload in told.items()}
+            workers = {rank: payload.side_channel for rank, payload in told.items() if payload.tells_layers}
             self._addresses[args[1]] = next(iter(told.values())).streams, workers
         except Exception as error:  # noqa: BLE001 - whatever it is, this engine's offers can be read without
             logger.warning("prefill engine %s did not say where it streams: %r", args[1], error)

@@ -104,7 +104,7 @@ def test_each_chunk_crosses_while_the_next_is_computed(both: Streams) -> None:
     assert both.taken("pull_bytes") == [4 * CHUNK * BYTES_PER_BLOCK]
     assert both.taken("pull_hidden_bytes") == [3 * CHUNK * BYTES_PER_BLOCK]
     assert both.settle() == []
-    assert not both.prefill.stats["num_notifications_after_expiry"], "it is told of the last pull alone"
+    assert not both.prefill.stats.get("num_notifications_after_expiry"), "it is told of the last pull alone"
 
 
 def test_prompts_of_all_lengths(both: Streams) -> None:
