@@ -80,7 +80,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         self._slots.know(metadata)
         if self._source is None and self.vllm_config.kv_transfer_config.is_kv_producer:
-            self._source = StreamSource(self.side_channel_host, not (self._is_hma_required or self._has_mamba))
+            is_plain = not (self._is_hma_required or self._has_mamba or self.use_host_buffer)
+            self._source = StreamSource(self.side_channel_host, is_plain)
             for payload in metadata.values():
                 payload.streams = self._source.address
         super().set_xfer_handshake_metadata(metadata)

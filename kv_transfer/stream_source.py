@@ -66,12 +66,13 @@ class _Scheduled:
 class StreamSource:
     """The streams of an engine; its scheduler's, but for the handlers of the side channel."""
 
-    def __init__(self, host: str, has_one_group: bool) -> None:
+    def __init__(self, host: str, tells_progress: bool) -> None:
         """Args:
         host: see SideChannel.
-        has_one_group: all layers have the same blocks, for all tokens; otherwise only ends are told.
+        tells_progress: a step's KV cache stands in its blocks when the step is done, and all layers have the same
+            blocks, for all tokens. Otherwise only ends are told.
         """
-        self._tells_progress = has_one_group
+        self._tells_progress = tells_progress
         self._lock = threading.Lock()  # over all below
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
         self._names: dict[str, str] = {}  # of requests

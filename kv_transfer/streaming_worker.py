@@ -91,6 +91,7 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
         on_gpu = not current_platform.is_cpu()
         # Micro-batches pass each layer one after the other.
         is_layered = set(self.region_names) == set(kv_caches) and not self.vllm_config.parallel_config.use_ubatching
+        is_layered &= not self.use_host_buffer  # which is filled after the step
         if is_layered and transfer.get_from_extra_config("stream_layers", on_gpu):
             self._layers = LayerSource(self.side_channel, self.region_names, on_gpu)
             self.xfer_handshake_metadata.tells_layers = True
