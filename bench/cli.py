@@ -173,6 +173,10 @@ def transfer(
     engines: Annotated[
         bool, typer.Option("--engines", help="Real engines with random weights, and the time to their first token.")
     ] = False,
+    streamed_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --engines: pull while prefill computes, so many tokens in a step."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
 ) -> None:
     """KV from one engine to another: vLLM's connector and ours."""
@@ -188,6 +192,7 @@ def transfer(
         devices=None if devices == "cpu" else tuple(map(int, devices.split(","))),  # type: ignore[arg-type]
         repeats=repeats,
         link=link * 1e9 or None,
+        streamed_chunk=streamed_chunk,
     )
     rows: list[Any] = []
     for row in compare_first_tokens(plan, typer.echo) if engines else compare(plan, typer.echo):

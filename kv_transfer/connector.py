@@ -6,6 +6,7 @@ Scheduler side
     build_connector_meta         orders the pulls, with their owners
     update_connector_output      keeps the records of finished pulls
 Worker side
+    save_kv_layer                tells of layers that are computed, where they are streamed
     start_load_kv                the owner starts its pulls; nobody else does, and nothing passes through the root
     get_transfer_results         the owner reports what is done
     build_connector_worker_meta  and how long it took
@@ -27,7 +28,7 @@ from kv_transfer import idle
 from kv_transfer.metadata import TransferReport
 from kv_transfer.metrics import TransferMetrics, TransferStats
 from kv_transfer.scheduler import TokenParallelConnectorScheduler
-from kv_transfer.worker import TokenParallelConnectorWorker
+from kv_transfer.streaming_worker import StreamingConnectorWorker
 from tknp.common.partition import get_partition
 
 
@@ -35,7 +36,7 @@ class TokenParallelKVConnector(NixlPullConnector):
     """See the module."""
 
     connector_scheduler: TokenParallelConnectorScheduler | None
-    connector_worker: TokenParallelConnectorWorker | None
+    connector_worker: StreamingConnectorWorker | None
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         # Past NixlPullConnector's own, which would make vLLM's two halves.
@@ -56,7 +57,12 @@ class TokenParallelKVConnector(NixlPullConnector):
             idle.install()
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
-            self.connector_worker = TokenParallelConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+            self.connector_worker = StreamingConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+
+    def save_kv_layer(self, layer_name: str, *args: Any, **kwargs: Any) -> None:
+        """vLLM has launched a layer's attention."""
+        assert self.connector_worker is not None
+        self.connector_worker.save_layer(layer_name, self._connector_metadata)
 
     def get_finished_count(self) -> int | None:
         """Workers that report a request as done: those of the rank that owns it. None stands for all."""

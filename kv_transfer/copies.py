@@ -10,11 +10,19 @@ NO_PATH = "none"
 """Path of what was not copied at all."""
 
 
+_PATHS = (NO_PATH, "direct", "packed", "nixl")
+
+
+def path_of(*paths: str) -> str:
+    """Of copies that took several."""
+    return max(paths, key=_PATHS.index, default=NO_PATH)
+
+
 @dataclass(frozen=True)
 class Copies:
     """Attributes:
     seconds: of the longest; they run at the same time.
-    path: `direct`, or `nixl` if any of them took that.
+    path: the last in this order that any of them took: `direct`, `packed`, `nixl`.
     """
 
     kv_bytes: int = 0
@@ -30,5 +38,5 @@ class Copies:
             kv_bytes=self.kv_bytes + sum(sizes),
             num_copies=self.num_copies + len(sizes),
             seconds=max([self.seconds, *stats["transfer_duration"][first:]]),
-            path=max([*known, *paths], default=NO_PATH),  # "direct" < "nixl"
+            path=path_of(*known, *paths),
         )

@@ -50,11 +50,13 @@ class HandshakePayload(NixlHandshakePayload):
     Attributes:
         side_channel: where the worker listens (kv_transfer.side_channel).
         streams: where its scheduler tells of requests that are still computed (kv_transfer.stream_source).
+        tells_layers: the worker tells of these, too (kv_transfer.layer_source).
     """
 
     lease_table: tuple[int, ...] = ()
     side_channel: str = ""
     streams: str = ""
+    tells_layers: bool = False
 
 
 class LeaseTable:

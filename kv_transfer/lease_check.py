@@ -40,28 +40,41 @@ class Stale(Enum):
     TOO_LATE = "too_late"  # of a stock prefill engine, longer after the offer than its lease is sure to last
     OTHER_PROMPT = "other_prompt"
     CHECKSUM = "checksum"
+    STREAM_BROKEN = "stream_broken"  # before its prefill's end
 
 
 class QuietReads:
-    """NIXL's agent, whose reads can be made without their notification, which would end the lease before its check."""
+    """NIXL's agent, whose reads can be made without their notification, which would end the lease before its check, and
+    of some of the regions that vLLM registered only."""
 
     def __init__(self, agent: Any) -> None:
         self._agent = agent
         self._quiet = False
+        self._regions: tuple[int, int, int] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._agent, name)
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
-        self._quiet = True
+    def quiet(self, regions: tuple[int, int, int] | None = None) -> Iterator[None]:
+        """`regions`: the first to read, the one after the last, and how many there are; None reads all."""
+        self._quiet, self._regions = True, regions
         try:
             yield
         finally:
-            self._quiet = False
+            self._quiet, self._regions = False, None
 
-    def make_prepped_xfer(self, *args: Any, notif_msg: bytes = b"", **kwargs: Any) -> Any:
-        return self._agent.make_prepped_xfer(*args, notif_msg=b"" if self._quiet else notif_msg, **kwargs)
+    def make_prepped_xfer(
+        self, operation: str, local: Any, local_ids: Any, remote: Any, remote_ids: Any, notif_msg: bytes = b"", **k: Any
+    ) -> Any:
+        if self._regions is not None:
+            # vLLM lists the pages of one region after those of another (_compute_desc_ids).
+            first, end, count = self._regions
+            num_pages = len(local_ids) // count
+            chosen = slice(first * num_pages, end * num_pages)
+            local_ids, remote_ids = local_ids[chosen], remote_ids[chosen]
+        message = b"" if self._quiet else notif_msg
+        return self._agent.make_prepped_xfer(operation, local, local_ids, remote, remote_ids, notif_msg=message, **k)
 
 
 @dataclass

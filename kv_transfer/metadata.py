@@ -10,8 +10,9 @@ from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 
-from kv_transfer.copies import NO_PATH, Copies
+from kv_transfer.copies import NO_PATH, Copies, path_of
 from kv_transfer.identity import Offer
+from kv_transfer.stream_source import Chunk
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,17 @@ class Pull:
             the prefill engine frees its blocks after the last.
         offer: what is to be checked when the KV cache has arrived; None if a stock prefill engine offered it.
         trusted_seconds: of a stock engine's offer, for how long from now on its lease is sure to last.
+        stream: under which the prefill engine tells what it has computed (kv_transfer.stream_source), and in the end
+            makes its offer; None if it had made it before.
+        prompt: of a streamed one, the digest that its offer must have.
     """
 
     owner: int
     num_readers: int
     offer: Offer | None = None
     trusted_seconds: float | None = None
+    stream: str | None = None
+    prompt: str = ""
 
 
 class TokenParallelConnectorMetadata(NixlConnectorMetadata):
@@ -43,6 +49,9 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         idle: bool,
         lease_slots: dict[str, int] | None = None,
         lease_blocks: dict[str, BlockIds] | None = None,
+        step: int | None = None,
+        ended: set[str] | None = None,
+        chunks: dict[str, Chunk] | None = None,
     ) -> None:
         """Args:
         base: vLLM's own, whose content is taken over.
@@ -51,6 +60,9 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         idle: nothing is computed in this step; it only polls transfers.
         lease_slots: by request id, for each of `base.reqs_to_send`; see kv_transfer.identity.
         lease_blocks: by request id, their blocks by group; only in the test mode of kv_transfer.checksums.
+        step: its number, which the workers report when they have computed it; None if nothing is streamed from here.
+        ended: requests whose KV cache is streamed to here, and that have ended.
+        chunks: what is computed of those that are streamed from here, by stream.
         """
         self.__dict__.update(base.__dict__)
         self.pulls = pulls
@@ -58,16 +70,20 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         self.idle = idle
         self.lease_slots = lease_slots or {}
         self.lease_blocks = lease_blocks or {}
+        self.step = step
+        self.ended = ended or set()
+        self.chunks = chunks or {}
 
 
 @dataclass(frozen=True)
 class TransferRecord:
     """One request's KV on its way from prefill to the owning rank; times in seconds since the epoch, of the decode
-    host.
+    host. Of a streamed one they begin with the end of its prefill.
 
     Attributes:
         copy_seconds: of those in between, how long bytes were on their way; see Copies.
         path: see Copies.
+        hidden_bytes: what of a streamed one had arrived when they begin.
     """
 
     rank: int
@@ -77,11 +93,13 @@ class TransferRecord:
     transfer_end: float
     copy_seconds: float = 0.0
     path: str = NO_PATH
+    hidden_bytes: int = 0
 
     @classmethod
-    def of(cls, rank: int, copies: Copies, begun: float) -> TransferRecord:
+    def of(cls, rank: int, copies: Copies, begun: float, hidden_bytes: int = 0) -> TransferRecord:
         """Of a pull that began then, and is complete now."""
-        return cls(rank, copies.kv_bytes, copies.num_copies, begun, time.time(), copies.seconds, copies.path)
+        begin_end = begun, time.time()
+        return cls(rank, copies.kv_bytes, copies.num_copies, *begin_end, copies.seconds, copies.path, hidden_bytes)
 
     def merged_with(self, other: TransferRecord) -> TransferRecord:
         """The sum, where a rank's tensor-parallel workers each pull a part or a request has several sequences; these
@@ -93,19 +111,21 @@ class TransferRecord:
             transfer_begin=min(self.transfer_begin, other.transfer_begin),
             transfer_end=max(self.transfer_end, other.transfer_end),
             copy_seconds=max(self.copy_seconds, other.copy_seconds),
-            path=max(self.path, other.path),
+            path=path_of(self.path, other.path),
+            hidden_bytes=self.hidden_bytes + other.hidden_bytes,
         )
 
 
 @dataclass
 class TransferReport(KVConnectorWorkerMetadata):
-    """The pulls that ended in a step, by request id."""
+    """The pulls that ended in a step, by request id, and the number of the step if it is wanted."""
 
     records: dict[str, TransferRecord] = field(default_factory=dict)
+    step: int | None = None
 
     def aggregate(self, other: Any) -> TransferReport:
         merged = dict(self.records)
         for request_id, record in other.records.items():
             known = merged.get(request_id)
             merged[request_id] = record if known is None else known.merged_with(record)
-        return TransferReport(merged)
+        return TransferReport(merged, self.step if other.step is None else other.step)  # the same of all

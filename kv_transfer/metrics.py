@@ -13,7 +13,7 @@ from kv_transfer.metadata import TransferRecord
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Seconds: from a few pages over shared memory to a long prompt over a slow network."""
 _OWN = (
-    *("pull_rank", "pull_path", "pull_seconds", "pull_bytes"),
+    *("pull_rank", "pull_path", "pull_seconds", "pull_bytes", "pull_hidden_bytes"),
     *("handover_rank", "handover_path", "handover_seconds"),
     *("stale_rank", "stale_path", "stale_reason"),
     *("failure_rank", "retry_rank", "compared_rank", "compared_blocks"),
@@ -33,6 +33,7 @@ class TransferStats(PathStats):
         self.data["pull_path"].append(record.path)
         self.data["pull_seconds"].append(record.transfer_end - record.transfer_begin)
         self.data["pull_bytes"].append(record.kv_bytes)
+        self.data["pull_hidden_bytes"].append(record.hidden_bytes)
 
     def record_handover(self, handover: HandOver) -> None:
         self.data["handover_rank"].append(handover.rank)
@@ -94,6 +95,11 @@ class TransferMetrics(PathMetrics):
             documentation="Bytes of KV cache that a token-parallel rank has pulled from prefill engines.",
             labelnames=by_path,
         )
+        self._hidden = self._counter_cls(
+            name="tknp_kv_transfer_hidden_bytes",
+            documentation="Of these, bytes that had arrived when the prefill engine had computed the whole prompt.",
+            labelnames=by_path,
+        )
         self._stale = self._counter_cls(
             name="tknp_kv_transfer_stale",
             documentation="Offers of KV cache that were not used, because it was not sure to be the prompt's any more.",
@@ -124,10 +130,11 @@ class TransferMetrics(PathMetrics):
             lists = (transfer_stats_data[f"{kind}_{name}"] for name in ("rank", *names))
             return ((str(rank), *rest) for rank, *rest in zip(*lists, strict=True))
 
-        for rank, path, seconds, kv_bytes in items("pull", "path", "seconds", "bytes"):
+        for rank, path, seconds, kv_bytes, hidden_bytes in items("pull", "path", "seconds", "bytes", "hidden_bytes"):
             self._begin(*values, rank, path=path)
             self._duration.labels(*values, rank, path).observe(seconds)
             self._bytes.labels(*values, rank, path).inc(kv_bytes)
+            self._hidden.labels(*values, rank, path).inc(hidden_bytes)
         for rank, path, stages in items("handover", "path", "seconds"):
             self._handover.labels(*values, rank, path).observe(sum(stages.values()))
             for stage, seconds in stages.items():

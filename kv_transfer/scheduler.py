@@ -18,6 +18,7 @@ from kv_transfer.identity import OFFER_PARAM, LeaseSlots, Offer, prompt_digest
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferRecord
 from kv_transfer.metrics import TransferStats
+from kv_transfer.stream_source import StreamSource
 from tknp.common.partition import get_partition
 
 logger = init_logger(f"vllm.{__name__}")
@@ -28,6 +29,11 @@ NUM_READERS_PARAM = "tknp_num_readers"
 """Key in `kv_transfer_params`: the `n` of the client's request."""
 LEASE_ID_PARAM = "tknp_lease_id"
 """Key in `kv_transfer_params` of a prefill leg: the router's name for the KV cache that is then kept."""
+
+STREAM_PARAM = "tknp_stream"
+"""Key in `kv_transfer_params`: of a prefill leg, true if it is to be streamed (kv_transfer.stream_source); of a decode
+leg that is sent beside it, the stream's name, which is the lease's."""
+_PEER_PARAMS = ("remote_engine_id", "remote_host", "remote_port", "tp_size")
 
 _CHILD = re.compile(r"\d+_")
 
@@ -56,6 +62,12 @@ def _num_readers(request_id: str, params: dict[str, Any]) -> int:
     return num_readers if isinstance(num_readers, int) and num_readers > 0 and _CHILD.match(request_id) else 1
 
 
+def _stream_of(params: dict[str, Any] | None) -> str | None:
+    """Of a decode leg's request."""
+    name = (params or {}).get(STREAM_PARAM)
+    return name if isinstance(name, str) else None
+
+
 class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
     """vLLM's pull scheduler, with an owner for every pull."""
 
@@ -71,11 +83,19 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._refused: set[str] = set()
         self._trusted_until: dict[str, float] = {}
         self._handovers = HandOverClock()
+        self._source: StreamSource | None = None
+        self._num_steps = 0
+        self._ended_streams: set[str] = set()
         self._stats = TransferStats()
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
 
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         self._slots.know(metadata)
+        if self._source is None and self.vllm_config.kv_transfer_config.is_kv_producer:
+            is_plain = not (self._is_hma_required or self._has_mamba or self.use_host_buffer)
+            self._source = StreamSource(self.side_channel_host, is_plain)
+            for payload in metadata.values():
+                payload.streams = self._source.address
         super().set_xfer_handshake_metadata(metadata)
 
     @staticmethod
@@ -101,13 +121,23 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             # Ranks that keep KV for others would each report it, but the engine listens to a request's owner only.
             logger.warning("request %s wants its KV cache kept, which a decode engine does not do", request.request_id)
             request.kv_transfer_params = None
+        stream = _stream_of(params)
+        if params and stream and all(name in params for name in _PEER_PARAMS):
+            # What vLLM wants to see in an offer. The prefill worker knows its leases by the router's names, too.
+            params |= {"remote_block_ids": [[]], "remote_request_id": stream}
         super().on_new_request(request)
         if params and params.get("do_remote_prefill"):
             self._examine(request, params)
+        wanted = request.kv_transfer_params or {}
+        if self._source is not None and wanted.get("do_remote_decode") and wanted.get(STREAM_PARAM) is True:
+            self._source.open(request.request_id, str(wanted.get(LEASE_ID_PARAM)))
 
     def _examine(self, request: Any, params: dict[str, Any]) -> None:
         offer = Offer.from_param(params.get(OFFER_PARAM))
-        if offer is None:
+        if _stream_of(params):
+            if "remote_request_id" not in params:
+                self._refuse(request, f"its stream comes without one of {', '.join(_PEER_PARAMS)}")
+        elif offer is None:
             self._trusted_until[request.request_id] = time.monotonic() + self._kv_lease_duration * _TRUSTED_SHARE
         elif offer.prompt != prompt_digest(request.prompt_token_ids or ()):
             self._stats.record_stale(0, Stale.OTHER_PROMPT)
@@ -154,8 +184,13 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
                 num_readers=_num_readers(request_id, params),
                 offer=Offer.from_param(params.get(OFFER_PARAM)),
                 trusted_seconds=None if trusted_until is None else trusted_until - time.monotonic(),
+                stream=(stream := _stream_of(params)),
+                prompt=prompt_digest(requests[request_id].prompt_token_ids or ()) if stream else "",
             )
         lease_ids, self._lease_ids = self._lease_ids, {}
+        ended, self._ended_streams = self._ended_streams, set()
+        self._num_steps += 1
+        chunks = {} if self._source is None else self._source.schedule(self._num_steps, scheduler_output)
         return TokenParallelConnectorMetadata(
             base,
             pulls,
@@ -163,6 +198,9 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             idle=scheduler_output.total_num_scheduled_tokens == 0,
             lease_slots={r: self._slots.slot_of(r) for r in base.reqs_to_send},
             lease_blocks={r: self._lease_blocks.pop(r, ()) for r in base.reqs_to_send} if self._sums_blocks else None,
+            step=self._num_steps if self._source is not None and self._source.has_streams else None,
+            ended=ended,
+            chunks=chunks,
         )
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -181,6 +219,10 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         for request_id in connector_output.failed_recving or ():
             self._handovers.forget(request_id)
         self._slots.end(connector_output.finished_sending or ())
+        if self._source is not None:
+            if report is not None and report.step is not None:
+                self._source.computed(report.step)
+            self._source.forget(connector_output.finished_sending or ())
 
     def rest_seconds(self, has_unfinished: bool) -> float:
         """For which the engine rests after a step that computed nothing.
@@ -207,6 +249,10 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         if wanted.get("do_remote_decode") and not self._slots.has_room:
             logger.warning("request %s: its KV cache is not kept, since %d others are", request_id, len(self._slots))
             request.kv_transfer_params = None
+        if _stream_of(wanted):
+            # One that never got blocks has no offer to give back: the router does, by the lease's name.
+            wanted["do_remote_prefill"] = False
+            self._ended_streams.add(request_id)
         is_kept, params = super().request_finished(request, block_ids)
         if is_kept and params is not None:
             params[OFFER_PARAM] = self._slots.take(request_id, request.prompt_token_ids or ()).to_param()
@@ -214,4 +260,11 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
                 self._lease_blocks[request_id] = params["remote_block_ids"]
             if isinstance(lease_id := wanted.get(LEASE_ID_PARAM), str):
                 self._lease_ids[request_id] = lease_id
+        if self._source is not None:
+            self._source.finish(request_id, params if is_kept else None)
         return is_kept, params
+
+    def shutdown(self) -> None:
+        if self._source is not None:
+            self._source.close()
+        super().shutdown()

@@ -27,6 +27,7 @@ _HEARTBEAT_MS, _SILENCE_MS = 1000, 5000
 """ZMTP pings on a quiet connection, and after how long without an answer it is given up: a host that vanished closes
 none of its connections."""
 _CONNECT_MS = 5000
+_NEVER_MS = 1 << 30
 _MAX_MESSAGE_BYTES = 16 << 20
 _MAX_WAITING = 10_000
 """Messages that wait for a peer that reads none; then it is dropped."""
@@ -155,7 +156,7 @@ class SideChannelClient:
         self._socket = self._context.socket(zmq.DEALER)
         _prepare(self._socket, is_ipv6="[" in address)
         self._socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)  # -1 would drop what has come and was not read yet
         self._monitor = self._socket.get_monitor_socket(_BROKEN)
         self._socket.connect(address)
 

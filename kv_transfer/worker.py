@@ -106,6 +106,7 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
         self._silence_limit = SilenceLimit()
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, Copies] = {}
+        self._hidden: dict[str, int] = {}  # bytes that a streamed request had at its prefill's end
         self._ended: dict[str, TransferRecord] = {}
         self._lease_ids: dict[str, str] = {}
         self._released: dict[str, float] = {}
@@ -369,10 +370,11 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
         for request_id in results.finished_recving:
             begun, copies = self._begun.pop(request_id, None), self._pulled.pop(request_id, Copies())
             self.kv_bytes_received += copies.kv_bytes
+            hidden = self._hidden.pop(request_id, 0)
             if begun is not None and request_id in results.failed_recving:
                 self.xfer_stats.record_failure(self.rank)
             elif begun is not None:
-                self._ended[request_id] = record = TransferRecord.of(self.rank, copies, begun)
+                self._ended[request_id] = record = TransferRecord.of(self.rank, copies, begun, hidden)
                 self.xfer_stats.record_pull(record)
         for request_id in results.finished_sending:
             # Before the scheduler hears of it, and so before anybody can write to these blocks.

@@ -21,6 +21,7 @@ from router.relay import StreamRelay, relay_whole
 from router.responses import ResponsesRelay
 from router.retries import backoff
 from router.stream_fields import CantContinue
+from router.streaming import run_both, stream_params
 from router.token_ids import fetch_text, fetch_token_ids
 from router.types import Api, LocalPrefill, NoContinuation, Outcome, Role
 from router.upstream import engine_failures, post
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from router.engines import Engine, EnginePool
     from router.hosts import EngineHosts
+    from router.introductions import Introductions
     from router.leases import LeaseReleaser
     from router.lifetime import RequestRecord
     from router.metrics import RouterMetrics
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from router.retries import RetryBudget
     from router.settings import RouterSettings
     from router.token_ids import PromptTokenizer
-    from router.types import Endpoint, GenerationRequest
+    from router.types import Endpoint, GenerationRequest, JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Fleet:
     retries: RetryBudget
     tokenizer: PromptTokenizer
     hosts: EngineHosts
+    introductions: Introductions
 
 
 class Handoff:
@@ -187,7 +190,15 @@ class Handoff:
             if self._local_prefill is not None:
                 await self._end_attempt_before()
         if self._local_prefill is None and not holds_kv:
-            await self._prefill(self._choose(Role.PREFILL))
+            engine = self._choose(Role.PREFILL)
+            lease = await self._new_lease(engine)
+            reader = self._reader_of_stream(engine)
+            if params := stream_params(self._fleet.introductions.peer(engine, reader), lease.id) if reader else None:
+                assert reader is not None
+                legs = self._prefill(engine, lease, is_streamed=True), self._decode(reader, params)
+                await run_both(*legs, lambda: self._reply.started)
+                return
+            await self._prefill(engine, lease)
         await self._decode(self._choose(Role.DECODE))
 
     def _choose(self, role: Role) -> Engine:
@@ -197,11 +208,14 @@ class Handoff:
         assert engine is not None
         return engine
 
-    async def _prefill(self, engine: Engine) -> None:
-        endpoint = engine.endpoint
+    async def _new_lease(self, engine: Engine) -> Lease:
         await self._end_attempt_before()
-        lease = self._lease = Lease(self._request.id, endpoint)
-        body = prefill_body(self._request, lease.id)
+        lease = self._lease = Lease(self._request.id, engine.endpoint)
+        return lease
+
+    async def _prefill(self, engine: Engine, lease: Lease, *, is_streamed: bool = False) -> None:
+        endpoint = engine.endpoint
+        body = prefill_body(self._request, lease.id, is_streamed=is_streamed)
         with self._leg(engine), engine_failures(endpoint):
             async with asyncio.timeout(self._fleet.settings.prefill_timeout):
                 self._mark(Moment.PREFILL_SENT)
@@ -215,6 +229,8 @@ class Handoff:
             await self._fleet.hosts.check(endpoint, params)
             lease.params = params
             self._mark(Moment.PREFILL_DONE)
+            if is_streamed:
+                self._mark(Moment.DECODE_SENT)
         self._prefilled_by = engine
         if self._transcript is not None and lease.params is not None and not self._record.num_continuations:
             self._transcript.num_cached = lease.params.get("remote_prefill_cached_tokens")
@@ -224,14 +240,22 @@ class Handoff:
         elif isinstance(num_tokens := lease.params.get("remote_num_tokens"), int) and num_tokens > 0:
             self._fleet.pool.chooser.counted(self._request, num_tokens)
 
-    async def _decode(self, engine: Engine) -> None:
+    def _reader_of_stream(self, prefill: Engine) -> Engine | None:
+        """The decode engine to begin with beside a prefill engine; None if it is to come after."""
+        if not self._fleet.settings.stream_kv or self._request.num_choices > 1:
+            return None
+        return self._fleet.pool.choose(Role.DECODE, self._request, self._tried, prefill)
+
+    async def _decode(self, engine: Engine, stream: JsonObject | None = None) -> None:
+        """`stream`: where its KV cache comes from, if the prefill leg is under way."""
         lease, num_chunks = self._lease, self._record.num_chunks
-        body = decode_body(self._request, lease.params if lease else None, with_ids=self._transcript is not None)
+        params = stream or (lease.params if lease else None)
+        body = decode_body(self._request, params, with_ids=self._transcript is not None)
         if lease is not None:
             lease.readers.append(engine.endpoint)
         try:
             with self._leg(engine), engine_failures(engine.endpoint):
-                await self._relay(engine, body)
+                await self._relay(engine, body, is_streamed=stream is not None)
         except EngineFailure as failure:
             # Once a decode engine may have read the cache it may also have freed it: only one that was never
             # reached leaves it for the next. Otherwise the next attempt prefills again.
@@ -257,18 +281,19 @@ class Handoff:
         return self._fleet.releaser.release(lease, alive[0].endpoint if alive else None)
 
     def _mark(self, moment: Moment) -> None:
-        # A continuation does not undo what the client saw: its moments remain those of the first engines.
-        if not self._record.num_continuations:
+        # A continuation does not undo what the client saw: its moments remain those of the first engines. Nor does a
+        # prefill engine whose answer comes after the first token.
+        if not self._record.num_continuations and not self._reply.started:
             self._record.mark(moment)
 
-    async def _relay(self, engine: Engine, body: bytes) -> None:
+    async def _relay(self, engine: Engine, body: bytes, *, is_streamed: bool) -> None:
         endpoint, settings = engine.endpoint, self._fleet.settings
         stream = self._request.stream
+        seconds = settings.first_token_timeout if stream else settings.generation_timeout
         try:
-            async with asyncio.timeout(
-                settings.first_token_timeout if stream else settings.generation_timeout
-            ) as limit:
-                self._mark(Moment.DECODE_SENT)
+            async with asyncio.timeout(seconds + is_streamed * settings.prefill_timeout) as limit:
+                if not is_streamed:  # else that moment comes when the prefill engine is done
+                    self._mark(Moment.DECODE_SENT)
                 response = await post(self._fleet.session, endpoint, self._request, body, self._record.leg_headers())
                 try:
                     if not stream:

@@ -1,5 +1,8 @@
 """Tells each decode engine of each prefill engine as soon as both are up, so that they connect before the first request
-between them (services/kv_peers.py). A stock engine knows nothing of it and connects at that request."""
+between them (services/kv_peers.py). A stock engine knows nothing of it and connects at that request.
+
+What a prefill engine says of itself is kept: with it a decode engine can be sent a request before the prefill engine
+has answered (router.streaming)."""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from router.engines import Engine, EnginePool
     from router.hosts import EngineHosts
     from router.settings import RouterSettings
+    from router.types import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,11 @@ class Introductions:
         self._interval = settings.health_check_interval
         self._timeout = settings.health_check_timeout
         self._told: set[tuple[Engine, Engine]] = set()
+        self._peers: dict[tuple[Engine, Engine], JsonObject] = {}
+
+    def peer(self, prefill: Engine, decode: Engine) -> JsonObject | None:
+        """What the prefill engine says of itself, if the decode engine has been told so; services.kv_peers.KVPeer."""
+        return self._peers.get((prefill, decode))
 
     async def run(self) -> None:
         """Never ends."""
@@ -46,6 +55,7 @@ class Introductions:
             }
             # An engine that was down may be another one now.
             self._told &= pairs
+            self._peers = {pair: peer for pair, peer in self._peers.items() if pair in pairs}
             new = pairs - self._told
             await asyncio.gather(*(self._introduce(prefill, decode) for prefill, decode in new))
             self._told |= new
@@ -66,6 +76,8 @@ class Introductions:
                     async with self._session.post(url, data=peer, headers=headers, allow_redirects=False) as response:
                         await response.read()
                         status = response.status
+                    if status == 202:
+                        self._peers[prefill, decode] = orjson.loads(peer)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, EngineFailure) as error:
             logger.warning("%s was not told of %s: %r", decode.endpoint.name, prefill.endpoint.name, error)
             return

@@ -38,14 +38,16 @@ REMOTE_DECODE: JsonObject = {
 }
 
 
-def prefill_body(request: GenerationRequest, lease_id: str) -> bytes:
-    """One token, not streamed, with the KV cache kept under a lease of this name."""
+def prefill_body(request: GenerationRequest, lease_id: str, *, is_streamed: bool = False) -> bytes:
+    """One token, not streamed, with the KV cache kept under a lease of this name; `is_streamed` is about that cache."""
     body = {name: value for name, value in request.body.items() if name not in ANSWER_FIELDS}
     if request.api is Api.RESPONSES:
         body |= {**_of_response(request), "stream": False, "max_output_tokens": 1}
     else:
         body |= {"stream": False, "max_tokens": 1, "n": 1}
     body["kv_transfer_params"] = {**REMOTE_DECODE, "tknp_lease_id": lease_id}
+    if is_streamed:
+        body["kv_transfer_params"]["tknp_stream"] = True
     if "max_completion_tokens" in body:
         body["max_completion_tokens"] = 1
     return orjson.dumps(body)

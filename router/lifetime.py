@@ -102,6 +102,7 @@ class Transfer:
     rank: int
     kv_bytes: int
     num_transfers: int
+    hidden_bytes: int = 0  # of these, arrived when the prompt was computed
 
 
 @dataclass(slots=True)
@@ -222,5 +223,6 @@ class RequestRecord:
                 "rank": self.transfer.rank,
                 "kv_bytes": self.transfer.kv_bytes,
                 "num_transfers": self.transfer.num_transfers,
+                "hidden_bytes": self.transfer.hidden_bytes,
             },
         }

@@ -113,6 +113,10 @@ class RouterSettings(DiscoverySettings):
         default=True,
         description="Go on with a stream on another engine when its engine dies; costs about 1 us a chunk.",
     )
+    stream_kv: bool = Field(
+        default=False,
+        description="Send the decode leg beside the prefill leg, so that KV cache is pulled while it is computed.",
+    )
     drain_seconds: float = Field(
         default=0.0,
         ge=0,

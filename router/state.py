@@ -99,6 +99,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         board = StatusBoard(pool, records, guard, session)
         hosts = EngineHosts(settings.endpoints, settings.allowed_engine_hosts)
         membership = Membership(pool, records, hosts, metrics)
+        introductions = Introductions(pool, session, settings, hosts)
         discovery = make_discovery(settings, registry)
         transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         watchers = [
@@ -106,7 +107,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
             for work in (
                 HealthChecker(pool, session, settings).run(),
                 KvPoller(pool, session, settings).run(),
-                Introductions(pool, session, settings, hosts).run(),
+                introductions.run(),
                 KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes).run(),
                 membership.run(),
                 discovery.run(membership.found),
@@ -123,6 +124,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
                 RetryBudget(settings.retry_ratio, settings.retry_reserve),
                 PromptTokenizer(pool, session),
                 hosts,
+                introductions,
             )
             yield RouterState(
                 settings,

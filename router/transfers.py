@@ -107,7 +107,8 @@ class TransferRecorder:
     def _note(self, record: RequestRecord, told: dict[str, Any]) -> None:
         try:
             begin, end = float(told["transfer_begin"]), float(told["transfer_end"])
-            transfer = Transfer(int(told["rank"]), int(told["kv_bytes"]), int(told["num_transfers"]))
+            numbers = (told["rank"], told["kv_bytes"], told["num_transfers"], told.get("hidden_bytes", 0))
+            transfer = Transfer(*map(int, numbers))
         except (ValueError, TypeError, KeyError) as error:
             logger.warning("what was told of the transfer of request %s can't be read: %r", record.id, error)
             return

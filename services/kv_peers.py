@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from services.engine_call import answered
 from services.release import KVLeaseWorker, engine_of
 
+_CONNECTOR = "TokenParallelKVConnector"
+
 
 class KVPeer(BaseModel):
-    """A prefill engine; the fields that vLLM's handshake takes."""
+    """A prefill engine; the fields that vLLM's handshake takes, and whether it streams (kv_transfer.stream_source)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,6 +29,7 @@ class KVPeer(BaseModel):
     tp_size: int
     dcp_size: int
     pp_size: int
+    streams: bool = False
 
 
 class KVPeerWorker:
@@ -67,13 +70,14 @@ async def _read(request: Request) -> KVPeer:
         tp_size=parallel.tensor_parallel_size,
         dcp_size=parallel.decode_context_parallel_size,
         pp_size=parallel.pipeline_parallel_size,
+        streams=transfer.kv_connector == _CONNECTOR,
     )
 
 
 async def _connect(request: Request, peer: KVPeer) -> Response:
     engine = engine_of(request)
     transfer = engine.vllm_config.kv_transfer_config
-    if transfer is None or not transfer.is_kv_consumer or transfer.kv_connector != "TokenParallelKVConnector":
+    if transfer is None or not transfer.is_kv_consumer or transfer.kv_connector != _CONNECTOR:
         raise HTTPException(404, "this engine does not connect ahead of its requests")
-    await answered(engine.collective_rpc("connect_kv_peer", args=(peer.model_dump(),)))
+    await answered(engine.collective_rpc("connect_kv_peer", args=(peer.model_dump(exclude={"streams"}),)))
     return Response(status_code=202)

@@ -34,7 +34,7 @@ class Row:
     Attributes:
         path: stock is vLLM's NixlConnector; nixl and direct are ours.
         handover_ms: from the order to completion, beyond what the bytes take on the link at its nominal rate.
-        hidden_share: part of the transfer that went on while the prompt was still computed.
+        hidden_share: part of the bytes that had arrived when the prompt was computed; none, without engines.
         first_ms: the first pull between the two engines, with the handshake; 0 tokens' worth of difference is left in.
     """
 
@@ -60,6 +60,8 @@ class Plan:
     Attributes:
         devices: of the prefill and the decode side; None for the CPU.
         link: bytes per second; None to believe any result.
+        streamed_chunk: of real engines, tokens that the prefill engine computes in a step; the decode engine then pulls
+            what is there. None to pull afterwards.
     """
 
     paths: tuple[str, ...] = ("stock", "direct")
@@ -69,6 +71,7 @@ class Plan:
     devices: tuple[int, int] | None = (0, 1)
     repeats: int = 7
     link: float | None = NVLINK_BYTES_PER_SECOND
+    streamed_chunk: int | None = None
 
     @property
     def num_blocks(self) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from bench.shapes import SHAPES
 from bench.transfer.side import CONNECTORS
 
@@ -18,7 +20,7 @@ KV_CACHE_BYTES = 20 << 30
 
 @dataclass(frozen=True)
 class EngineJob:
-    """As SideJob; `max_model_len` in tokens."""
+    """As SideJob; `max_model_len`, and `step_tokens` of a step, in tokens."""
 
     path: str
     role: str
@@ -27,11 +29,13 @@ class EngineJob:
     max_model_len: int
     device: int
     port: int
+    step_tokens: int = 16_384
 
 
 def serve(job: EngineJob, pipe: Any) -> None:
-    """Answers ("generate", requests, tokens, seed, offers or None) with seconds to the last first token and what each
-    request leaves for a decode engine."""
+    """Answers ("generate", requests, tokens, seed, `kv_transfer_params` of each or None) with seconds to the last first
+    token, each token and what its request leaves for a decode engine, and the time at the end; ("peer",) and
+    ("kv_bytes",) as Engine does."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(job.device)
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(job.port)
@@ -55,17 +59,39 @@ class Engine:
             skip_tokenizer_init=True,
             max_model_len=job.max_model_len,
             max_num_seqs=32,
-            max_num_batched_tokens=16_384,
+            max_num_batched_tokens=job.step_tokens,
             gpu_memory_utilization=0.4,
             kv_cache_memory_bytes=KV_CACHE_BYTES,
             # To see what a prompt costs whose KV cache is here already.
             enable_prefix_caching=job.role == "kv_consumer",
             enforce_eager=True,
             block_size=job.block_size,
+            disable_log_stats=False,
             kv_transfer_config={"kv_role": job.role, "kv_load_failure_policy": "fail", **CONNECTORS[job.path]},
         )
 
-    def generate(self, requests: int, tokens: int, seed: int, offers: list[Any] | None) -> tuple[float, list[Any]]:
+    def peer(self) -> dict[str, Any]:
+        """Where a decode engine finds it before it has offered anything."""
+        config = self._llm.llm_engine.vllm_config
+        return {
+            "remote_engine_id": config.kv_transfer_config.engine_id,
+            "remote_host": os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"],
+            "remote_port": int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"]),
+            "tp_size": config.parallel_config.tensor_parallel_size,
+        }
+
+    def kv_bytes(self) -> tuple[float, float]:
+        """Pulled since the start, and of these hidden behind prefill."""
+        values = {"tknp_kv_transfer_bytes_total": 0.0, "tknp_kv_transfer_hidden_bytes_total": 0.0}
+        for sample in (sample for family in REGISTRY.collect() for sample in family.samples):
+            if sample.name in values:
+                values[sample.name] += sample.value
+        total, hidden = values.values()
+        return total, hidden
+
+    def generate(
+        self, requests: int, tokens: int, seed: int, offers: list[Any] | None
+    ) -> tuple[float, list[Any], float]:
         from vllm import SamplingParams
 
         sampling = [
@@ -84,5 +110,6 @@ class Engine:
         ]
         begin = time.perf_counter()
         outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        return seconds, [(output.outputs[0].token_ids[0], output.kv_transfer_params) for output in outputs]
+        end = time.perf_counter()
+        answers = [(output.outputs[0].token_ids[0], output.kv_transfer_params) for output in outputs]
+        return end - begin, answers, end

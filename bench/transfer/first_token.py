@@ -17,12 +17,15 @@ class FirstTokenRow:
     """One path and case; medians.
 
     Attributes:
-        first_token_ms: from handing the decode engine the requests to the last of their first tokens, beyond a bare
-            decode step.
+        first_token_ms: from handing the decode engine the requests, or, of streamed ones, from the prefill engine's
+            answer, to the last of their first tokens, beyond a bare decode step.
         beyond_resident_ms: the same beyond the first token of the same requests when their KV cache is there already,
-            so that what vLLM does with a long prompt in any case is left out.
+            so that what vLLM does with a long prompt in any case is left out; means nothing for streamed ones, whose
+            prompt the decode engine has read by then.
+        gigabytes_per_second: of the bytes that were not hidden.
+        hidden_share: of the bytes pulled, those that had arrived when the decode engine heard of the prefill's end.
         first_ms: the same of the first request between the two engines.
-        handover_ms: `first_token_ms` less what the bytes take on the link at its nominal rate.
+        handover_ms: `first_token_ms` less what these bytes take on the link at its nominal rate.
         equal_tokens: share of first tokens that are the ones the prefill engine computed itself, with another kernel;
             random weights leave many near ties.
     """
@@ -50,6 +53,18 @@ class _Engines:
     path: str
     prefill: Served
     decode: Served
+    is_streamed: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One hand-over: see FirstTokenRow; `seconds` with the decode step."""
+
+    seconds: float
+    prefill_seconds: float
+    resident_seconds: float  # of the decode leg once more, when nothing is to be pulled
+    equal_tokens: float
+    hidden_share: float
 
 
 OFFER = {
@@ -68,11 +83,14 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
     Raises:
         BeyondLinkError: a result that can't be true.
         RuntimeError: an engine failed or did not answer in time.
+        ValueError: vLLM's own connector is to stream.
     """
     assert plan.devices is not None
+    if plan.streamed_chunk and "stock" in plan.paths:
+        raise ValueError("vLLM's own connector does not stream; give --path direct or --path nixl")
     pairs = []
     for number, path in enumerate(plan.paths):
-        sides = []
+        sides: list[Served] = []
         for side, role in enumerate(("kv_producer", "kv_consumer")):
             job = EngineJob(
                 path,
@@ -82,9 +100,11 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
                 max(tokens for _, tokens in plan.cases) + plan.block_size,
                 plan.devices[side],
                 15800 + 10 * number + side,
+                *((plan.streamed_chunk,) if plan.streamed_chunk else ()),
             )
             sides.append(Served(f"{path} {role} engine", serve, job))
-        pairs.append(_Engines(path, *sides))
+        prefill, decode = sides
+        pairs.append(_Engines(path, prefill, decode, is_streamed=plan.streamed_chunk is not None))
     with ready(*(side for pair in pairs for side in (pair.prefill, pair.decode))):
         first = {pair.path: _warm_up(pair) for pair in pairs}
         say("; ".join(f"{path}: first request {seconds * 1e3:.1f} ms" for path, seconds in first.items()))
@@ -107,30 +127,31 @@ def _bare_step(pair: _Engines, seed: int) -> float:
     return seconds
 
 
-@dataclass(frozen=True)
-class _HandOver:
-    """Seconds of the decode leg, of the prefill leg, and of the decode leg once more, when nothing is to be pulled;
-    share of first tokens that both engines computed alike."""
-
-    seconds: float
-    prefill_seconds: float
-    resident_seconds: float
-    equal: float
-
-
-def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _HandOver:
-    prefill_seconds, prefilled = pair.prefill.ask("generate", requests, tokens, seed, [OFFER] * requests)
-    seconds, decoded = pair.decode.ask("generate", requests, tokens, seed, [offer for _, offer in prefilled])
-    resident_seconds, _ = pair.decode.ask("generate", requests, tokens, seed, None)
-    equal = [a == b for (a, _), (b, _) in zip(prefilled, decoded, strict=True)]
-    return _HandOver(seconds, prefill_seconds, resident_seconds, statistics.fmean(equal))
+def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _Run:
+    ask = ("generate", requests, tokens, seed)
+    before = pair.decode.ask("kv_bytes")
+    if pair.is_streamed:
+        names = [f"{pair.path}-{requests}-{tokens}-{seed}-{i}" for i in range(requests)]
+        where = {**pair.prefill.ask("peer"), "do_remote_prefill": True, "do_remote_decode": False}
+        pair.decode.tell(*ask, [{**where, "tknp_stream": name} for name in names])
+        streams = [{**OFFER, "tknp_lease_id": name, "tknp_stream": True} for name in names]
+        prefill_seconds, prefilled, prefill_end = pair.prefill.ask(*ask, streams)
+        _, decoded, end = pair.decode.answer()
+        seconds = end - prefill_end
+    else:
+        prefill_seconds, prefilled, _ = pair.prefill.ask(*ask, [OFFER] * requests)
+        seconds, decoded, _ = pair.decode.ask(*ask, [offer for _, offer in prefilled])
+    resident_seconds, _, _ = pair.decode.ask(*ask, None)
+    num_bytes, hidden = (now - then for now, then in zip(pair.decode.ask("kv_bytes"), before, strict=True))
+    equal = statistics.fmean(a == b for (a, _), (b, _) in zip(prefilled, decoded, strict=True))
+    return _Run(seconds, prefill_seconds, resident_seconds, equal, hidden / num_bytes if num_bytes else 0.0)
 
 
 def _measure(
     plan: Plan, pairs: Sequence[_Engines], requests: int, tokens: int, first: dict[str, float]
 ) -> Iterator[FirstTokenRow]:
     size = requests * tokens * SHAPES[plan.shape].kv_bytes_per_token
-    runs: dict[str, list[_HandOver]] = {pair.path: [] for pair in pairs}
+    runs: dict[str, list[_Run]] = {pair.path: [] for pair in pairs}
     bare_steps: dict[str, list[float]] = {pair.path: [] for pair in pairs}
     for seed in range(plan.repeats + 1):
         for pair in pairs:
@@ -141,12 +162,14 @@ def _measure(
         bare = statistics.median(bare_steps[pair.path])
         beyond = [run.seconds - bare for run in measured]
         median = statistics.median(beyond)
-        if plan.link is not None and size / median > plan.link:
+        hidden = statistics.median(run.hidden_share for run in measured)
+        exposed = size * (1 - hidden)
+        if not pair.is_streamed and plan.link is not None and size / median > plan.link:
             raise BeyondLinkError(
                 f"{pair.path}, {requests} x {tokens} tokens: {size / median / 1e9:.0f} GB/s, but the link gives "
                 f"{plan.link / 1e9:.0f}"
             )
-        if not all(run.equal for run in runs[pair.path]):
+        if not all(run.equal_tokens for run in runs[pair.path]):
             raise RuntimeError(
                 f"{pair.path}, {requests} x {tokens} tokens: other first tokens than the prefill engine's"
             )
@@ -161,23 +184,26 @@ def _measure(
             beyond_resident_ms=round(
                 statistics.median(run.seconds - run.resident_seconds for run in measured) * 1e3, 3
             ),
-            gigabytes_per_second=round(size / median / 1e9, 1),
-            handover_ms=round((median - size / plan.link if plan.link else median) * 1e3, 3),
+            gigabytes_per_second=round(exposed / median / 1e9, 1) if median > 0 else 0.0,
+            handover_ms=round((median - exposed / plan.link if plan.link else median) * 1e3, 3),
             bare_step_ms=round(bare * 1e3, 3),
             prefill_ms=round(statistics.median(run.prefill_seconds for run in measured) * 1e3, 1),
             first_ms=round(first[pair.path] * 1e3, 1),
-            hidden_share=0.0,
-            equal_tokens=round(statistics.fmean(run.equal for run in runs[pair.path]), 3),
+            hidden_share=round(hidden, 4),
+            equal_tokens=round(statistics.fmean(run.equal_tokens for run in runs[pair.path]), 3),
             repeats=len(measured),
         )
 
 
 def first_token_table(rows: Sequence[FirstTokenRow]) -> str:
     """For people."""
-    lines = [f"{'path':10} {'requests':>8} {'tokens':>7} {'first token ms':>15} {'hand-over ms':>13} {'GB/s':>7}"]
+    lines = [
+        f"{'path':10} {'requests':>8} {'tokens':>7} {'first token ms':>15} {'hand-over ms':>13} {'GB/s':>7} "
+        f"{'hidden':>7}"
+    ]
     lines += [
         f"{r.path:10} {r.requests:8} {r.tokens:7} {r.first_token_ms:15.2f} {r.handover_ms:13.2f} "
-        f"{r.gigabytes_per_second:7.1f}"
+        f"{r.gigabytes_per_second:7.1f} {r.hidden_share:7.3f}"
         for r in rows
     ]
     return "\n".join(lines)

@@ -27,7 +27,15 @@ class Served:
 
     def ask(self, *order: Any) -> Any:
         """Raises RuntimeError: it ended, or took too long."""
+        self.tell(*order)
+        return self.answer()
+
+    def tell(self, *order: Any) -> None:
+        """Without waiting for its answer."""
         self._pipe.send(order)
+
+    def answer(self) -> Any:
+        """To the order before. Raises RuntimeError: it ended, or took too long."""
         return self._answer(_ORDER_SECONDS)
 
     def _answer(self, seconds: float) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.grafana.panels import BYTES, BYTES_PER_SECOND, COUNT, PER_SECOND, SECONDS, Query, Row, board, graph
+from deploy.grafana.panels import BYTES, BYTES_PER_SECOND, COUNT, PER_SECOND, SECONDS, SHARE, Query, Row, board, graph
 from deploy.grafana.promql import DECODE, PREFILL, mean, quantile, rate, series, total
 
 RANK = "{{instance}} rank {{rank}}"
@@ -24,6 +24,9 @@ def _pulls() -> Row:
     )
     pulled = total(rate("tknp_router_kv_transfer_bytes_total"))
     requests = total(rate("tknp_request_phase_seconds_count", 'phase="transfer"'))
+    hidden, moved = (
+        total(rate(f"tknp_kv_transfer_{name}_total"), "instance", "rank") for name in ("hidden_bytes", "bytes")
+    )
     return Row(
         "Pulls",
         [
@@ -67,6 +70,12 @@ def _pulls() -> Row:
                 "Without the time in which a pull waits for its turn.",
                 BYTES_PER_SECOND,
                 Query(series("tknp:kv_transfer_path_bytes_per_second:mean5m"), "{{path}}"),
+            ),
+            graph(
+                "Hidden behind the prefill",
+                "Share of the bytes that had arrived when the prompt was computed; 0 without --stream-kv.",
+                SHARE,
+                Query(f"{hidden} / {moved}", RANK),
             ),
             graph(
                 "Bytes of a request",

@@ -20,6 +20,7 @@ MAY_BE_ZERO = {
     "Preemptions": "the KV cache is large enough here",
     "Pulls that fail": "none does here",
     "Leases that end in vain": "nobody hangs up between the legs here",
+    "Hidden behind the prefill": "nothing is streamed here",
     "Offers that were not used": "none is too old here",
     "Prefill engines asked again": "they answer at once here",
     "Engines that changed their role": "none was started with --kv-both here",

@@ -146,7 +146,9 @@ def start_decode(model: Path, log_dir: Path, token_parallel_size: int, *options:
     return Service(name, tknp(*words, *ENGINE_OPTIONS, *options), log_dir, port)
 
 
-def start_router(log_dir: Path, prefill: Sequence[Service], decode: Sequence[Service], *options: str) -> Service:
+def start_router(
+    log_dir: Path, prefill: Sequence[Service], decode: Sequence[Service], *options: str, name: str = "router"
+) -> Service:
     port = free_port()
     engines = [f"--prefill-urls={','.join(p.url for p in prefill)}", f"--decode-urls={','.join(d.url for d in decode)}"]
-    return Service("router", tknp("router", "--port", str(port), *engines, *options), log_dir, port)
+    return Service(name, tknp("router", "--port", str(port), *engines, *options), log_dir, port)

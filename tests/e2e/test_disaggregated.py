@@ -18,7 +18,7 @@ import requests
 
 from tests.e2e import expected
 from tests.e2e.conftest import Expected
-from tests.e2e.processes import start_decode, start_prefill, wait_for
+from tests.e2e.processes import Service, start_decode, start_prefill, start_router, wait_for
 from tests.e2e.stack import Stack, running
 from tests.e2e.suite import (
     BLOCK,
@@ -281,6 +281,31 @@ def test_requests_aborted_half_way_give_everything_back(stack: Stack, plain_llam
     # The others are not touched by it.
     assert [answer(stack.router, ask) for ask in asks] == plain_llama(asks)
     stack.wait_idle()
+
+
+def test_kv_cache_streams_while_its_prompt_is_computed(stack: Stack, plain_llama: Expected, log_dir: Path) -> None:
+    router = start_router(log_dir, [stack.prefill], [stack.decode], "--stream-kv", name="streaming-router")
+    try:
+        router.wait_whole()
+        for engine in (stack.prefill, stack.decode):
+            assert engine.post("/reset_prefix_cache", {}).status_code == 200
+        wait_for(lambda: _hidden_bytes_of(router, stack), 60, "a request whose KV cache was streamed")
+        asks = [*around_boundaries(seed=1), *crowd(seed=2), *sampled()]
+        assert answers(router, asks, at_once=8) == plain_llama(asks)
+        for ask in crowd(seed=9, count=6):
+            with pytest.raises(requests.Timeout):
+                requests.post(router.url + ask.path, json={**ask.body, "max_tokens": 400}, timeout=0.1)
+        stack.wait_idle()
+        assert not stack.decode.metric("tknp_kv_transfer_stale_total", reason="other_prompt")
+    finally:
+        router.stop()
+
+
+def _hidden_bytes_of(router: Service, stack: Stack) -> float:
+    """Bytes of one more request that arrived before its prefill's end."""
+    before = stack.decode.metric("tknp_kv_transfer_hidden_bytes_total")
+    assert router.post("/v1/completions", completion(tokens(700, time.time_ns()), 4).body).status_code == 200
+    return stack.decode.metric("tknp_kv_transfer_hidden_bytes_total") - before
 
 
 def test_a_dead_kv_worker_ends_the_engine_with_a_clear_message(stack: Stack) -> None:

@@ -51,6 +51,7 @@ from tknp.common.partition import BlockPartition, RankPlace, set_partition, set_
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 32
 LATENT_SIZE = 96
 """Elements that latent attention keeps of a token; see `make_latent_model`."""
+BYTES_PER_BLOCK = LAYERS * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
 
 
 def kv_of(token_ids: Sequence[int]) -> torch.Tensor:
@@ -72,12 +73,14 @@ class Engine:
         block_size: int = BLOCK_SIZE,
         windows: Sequence[int | None] = (None,),
         address: str = "127.0.0.1",
+        step_tokens: int = 2048,
         **extra: Any,
     ) -> None:
         """Args:
         num_blocks: of each token-parallel rank.
         windows: how many tokens back each KV cache group sees, None for all; each has LAYERS layers.
         address: where other engines find it.
+        step_tokens: that one step computes at most.
         extra: `kv_connector_extra_config`.
         """
         self.port = free_port()
@@ -92,7 +95,7 @@ class Engine:
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
             max_num_seqs=64,
-            max_num_batched_tokens=2048,
+            max_num_batched_tokens=step_tokens,
             kv_transfer_config=KVTransferConfig(
                 kv_connector=connector,
                 kv_role=role,
@@ -123,6 +126,8 @@ class Engine:
         """Tokens of each request that were computed here."""
         self.on_poll: Callable[[], None] = lambda: None
         """Called in each step between the posting of reads and the first look at them."""
+        self.on_layer: Callable[[], None] = lambda: None
+        """Called after each layer of a step in which something is computed."""
 
     def _make_scheduler(self) -> Any:
         is_split = self.partition.size > 1
@@ -202,6 +207,9 @@ class Engine:
         tokens = {r: self._compute(r, n) for r, n in output.num_scheduled_tokens.items()}
         for connector in self.workers:
             connector.bind_connector_metadata(pickle.loads(pickle.dumps(output.kv_connector_metadata)))
+            for layer in connector.cache if tokens else ():
+                connector.save_kv_layer(layer, None, None)
+                self.on_layer()
             connector.start_load_kv(None)
         self.on_poll()
         parts = [self._report(connector, output.finished_req_ids) for connector in self.workers]
@@ -322,6 +330,44 @@ def make_latent_model(directory: Path) -> Path:
         max_position_embeddings=4096,
     ).save_pretrained(directory)
     return directory
+
+
+class Pair:
+    """One prefill and one decode engine with two ranks."""
+
+    def __init__(self, model: Path, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+        self.prefill = Engine(model, "kv_producer", **{"num_blocks": [60], **prefill})
+        self.decode = Engine(model, "kv_consumer", **{"num_blocks": [40, 40], **decode})
+        self.num_requests = 0
+
+    def offer(self, tokens: list[int], **params: Any) -> Any:
+        """The prefill leg: what the prefill engine answers."""
+        self.num_requests += 1
+        name = f"p{self.num_requests}"
+        self.prefill.prefill(name, tokens, **params)
+        run(self.prefill, until=lambda: name in self.prefill.answered)
+        return self.prefill.answered[name]
+
+    def hand_over(self, tokens: list[int], params: Any, index: str = "") -> int:
+        """The decode leg, to its end. Returns how many tokens the decode engine computed of the prompt."""
+        self.num_requests += 1
+        name = f"{index}d{self.num_requests}"
+        self.decode.add(name, tokens, 3, dict(params))
+        run(self.prefill, self.decode, until=lambda: name in self.decode.answered)
+        return self.decode.computed[name] - 2
+
+    def lose(self, params: Any) -> None:
+        """The lease of an offer runs out, and others write to its blocks."""
+        self.prefill.lose_lease(params["remote_request_id"])
+        self.prefill.overwrite()
+
+    def settle(self) -> list[str]:
+        """Waits until nothing is held on either side. Returns what was stale since the last call."""
+        run(self.prefill, self.decode, until=lambda: self.prefill.is_idle() and self.decode.is_idle(), limit=50000)
+        for engine in (self.prefill, self.decode):
+            assert engine.num_free_blocks == engine.num_usable_blocks
+            engine.scheduler.reset_prefix_cache()
+        return self.decode.stats.pop("stale_reason", [])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import torch
 import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
@@ -17,58 +16,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
 from services.vllm_server import free_port
-from tests.kv_transfer.pair import HEAD_SIZE, HEADS, LAYERS, Engine, make_latent_model, prompt, run, vllm_log, world
-from tests.services.building import BLOCK_SIZE, tiny_config
+from tests.kv_transfer.pair import (
+    BYTES_PER_BLOCK,
+    Pair,
+    make_latent_model,
+    prompt,
+    run,
+    vllm_log,
+)
+from tests.services.building import BLOCK_SIZE
 from tests.soak.handovers import Fate, hand_over
-
-BYTES_PER_BLOCK = LAYERS * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * 4
-
-
-class Pair:
-    """One prefill and one decode engine with two ranks."""
-
-    def __init__(self, model: Path, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
-        self.prefill = Engine(model, "kv_producer", **{"num_blocks": [60], **prefill})
-        self.decode = Engine(model, "kv_consumer", **{"num_blocks": [40, 40], **decode})
-        self.num_requests = 0
-
-    def offer(self, tokens: list[int], **params: Any) -> Any:
-        """The prefill leg: what the prefill engine answers."""
-        self.num_requests += 1
-        name = f"p{self.num_requests}"
-        self.prefill.prefill(name, tokens, **params)
-        run(self.prefill, until=lambda: name in self.prefill.answered)
-        return self.prefill.answered[name]
-
-    def hand_over(self, tokens: list[int], params: Any, index: str = "") -> int:
-        """The decode leg, to its end. Returns how many tokens the decode engine computed of the prompt."""
-        self.num_requests += 1
-        name = f"{index}d{self.num_requests}"
-        self.decode.add(name, tokens, 3, dict(params))
-        run(self.prefill, self.decode, until=lambda: name in self.decode.answered)
-        return self.decode.computed[name] - 2
-
-    def lose(self, params: Any) -> None:
-        """The lease of an offer runs out, and others write to its blocks."""
-        self.prefill.lose_lease(params["remote_request_id"])
-        self.prefill.overwrite()
-
-    def settle(self) -> list[str]:
-        """Waits until nothing is held on either side. Returns what was stale since the last call."""
-        run(self.prefill, self.decode, until=lambda: self.prefill.is_idle() and self.decode.is_idle(), limit=50000)
-        for engine in (self.prefill, self.decode):
-            assert engine.num_free_blocks == engine.num_usable_blocks
-            engine.scheduler.reset_prefix_cache()
-        return self.decode.stats.pop("stale_reason", [])
-
-
-@pytest.fixture(scope="module")
-def alone(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the played model is small
-    with world(tiny_config(llama, pulls_kv=True), tmp_path_factory.mktemp("world")):
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -229,6 +186,10 @@ def test_larger_blocks_on_the_decode_side(pair: Callable[..., Pair]) -> None:
     both = pair(decode={"block_size": 2 * BLOCK_SIZE})
     for i, length in enumerate((20, 64, 100, 129, 300)):
         tokens = prompt(length, i)
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
+    shared = prompt(4 * BLOCK_SIZE, 7)
+    for i, length in enumerate((20, 40, 200)):  # the second and the third find the shared blocks here
+        tokens = shared + prompt(length, i)
         assert both.hand_over(tokens, both.offer(tokens)) == 1
     assert both.settle() == []
 

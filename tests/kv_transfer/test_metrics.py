@@ -22,7 +22,9 @@ ENGINE = {"model_name": "tiny", "engine": "0"}
 def stats(*pulls: tuple[int, float, int]) -> TransferStats:
     made = TransferStats()
     for rank, seconds, kv_bytes in pulls:
-        made.record_pull(TransferRecord(rank, kv_bytes, 1, 100.0, 100.0 + seconds, path="nixl"))
+        made.record_pull(
+            TransferRecord(rank, kv_bytes, 1, 100.0, 100.0 + seconds, path="nixl", hidden_bytes=kv_bytes // 2)
+        )
     return made
 
 
@@ -53,6 +55,7 @@ def test_duration_and_bytes_are_counted_by_rank_under_the_names_of_the_interface
     assert registry.get_sample_value("kv_transfer_duration_seconds_bucket", {**labels, "le": "0.25"}) == 1
     assert registry.get_sample_value("tknp_kv_transfer_bytes_total", labels) == 1500
     assert registry.get_sample_value("tknp_kv_transfer_bytes_total", {**labels, "rank": "0"}) == 7
+    assert registry.get_sample_value("tknp_kv_transfer_hidden_bytes_total", labels) == 750
 
 
 def test_vllm_s_own_metrics_are_still_there(config: Any) -> None:

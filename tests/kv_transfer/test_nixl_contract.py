@@ -153,6 +153,9 @@ def test_orders_are_a_plain_object() -> None:
         "lease_slots",
         "lease_blocks",
         "idle",
+        "step",
+        "ended",
+        "chunks",
     }
 
 

@@ -19,7 +19,7 @@ STARTED = time.monotonic()
 RECORD: dict[str, Any] = {
     "attempts": [{"role": "prefill", "engine": "a:1"}, {"role": "decode", "engine": "b:2"}],
     "phases": {"prefill": 0.0125, "transfer": 0.002, "first_token": 0.03, "decode": 0.2, "total": 0.25},
-    "kv_transfer": {"rank": 1, "kv_bytes": 131072, "num_transfers": 1},
+    "kv_transfer": {"rank": 1, "kv_bytes": 131072, "num_transfers": 1, "hidden_bytes": 0},
 }
 EVENTS = [{"choices": [{"delta": {"content": piece}}]} for piece in ("It is ", "Paris.")]
 # A grandchild that no signal but SIGKILL ends, in a session of its own.

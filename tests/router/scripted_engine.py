@@ -225,6 +225,7 @@ async def answer_decode(engine: ScriptedEngine, request: web.Request, seen: Seen
             "rank": 1,
             "kv_bytes": 4096,
             "num_transfers": 1,
+            "hidden_bytes": 1024,
             "transfer_begin": time.time() - 0.25,
             "transfer_end": time.time(),
         }

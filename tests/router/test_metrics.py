@@ -22,7 +22,7 @@ def test_the_moments_of_a_stream(stack: Stack) -> None:
     assert set(moments) == {*ALL, "transfer_begin", "transfer_end"}
     times = [moments[name] for name in ALL]
     assert times == sorted(times)
-    assert record["kv_transfer"] == {"rank": 1, "kv_bytes": 4096, "num_transfers": 1}
+    assert record["kv_transfer"] == {"rank": 1, "kv_bytes": 4096, "num_transfers": 1, "hidden_bytes": 1024}
     assert record["phases"]["transfer"] == pytest.approx(0.25, abs=0.01)
     assert record["outcome"] == "ok"
     assert record["status"] == 200

@@ -50,7 +50,7 @@ def test_what_a_prefill_engine_tells_is_what_a_decode_engine_takes(monkeypatch: 
     monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", "10.0.0.1")
     monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", "5600")
     told = client(Engine("kv_producer")).get("/kv_peer").json()
-    assert told == PEER
+    assert told == {**PEER, "streams": True}
     decode = Engine("kv_consumer")
     assert client(decode).post("/kv_peers", json=told).status_code == 202
     assert decode.calls == [("connect_kv_peer", PEER)]

@@ -15,12 +15,9 @@ from kv_transfer import packed, path
 from kv_transfer.packed import packer, puller
 from kv_transfer.packed.fp8 import HeadShape, round_trip
 from kv_transfer.packed.path import PackedSettings
-from tests.kv_transfer.pair import HEAD_SIZE, HEADS, Engine, prompt, run
-from tests.kv_transfer.test_handover import BYTES_PER_BLOCK, Pair, alone
+from tests.kv_transfer.pair import BYTES_PER_BLOCK, HEAD_SIZE, HEADS, Engine, Pair, prompt, run
 from tests.services.building import BLOCK_SIZE, MAX_MODEL_LEN
 from tests.soak.handovers import hand_over
-
-__all__ = ["alone"]
 
 PACKED: dict[str, Any] = {
     "kv_transfer_path": "packed",

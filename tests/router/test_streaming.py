@@ -1,0 +1,178 @@
+"""Both legs of a request at once (router.streaming)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.router.conftest import Stack, StartStack
+from tests.router.running import wait_for
+from tests.router.scripted_engine import (
+    KV_PARAMS,
+    Behaviour,
+    ScriptedEngine,
+    Seen,
+    answer_decode,
+    answer_prefill,
+    hang_up,
+    raw_stream,
+    slow,
+    stall,
+    status,
+)
+from tests.router.test_introductions import PEER
+from tests.router.test_leases import lease_of
+
+
+def after(prefill: ScriptedEngine) -> Behaviour:
+    """A decode engine's answer, which can't come before the prefill engine's."""
+
+    async def answer(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+        while len(prefill.seen) < len(engine.seen) or not all(one.ended.is_set() for one in prefill.seen):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)
+        return await answer_decode(engine, request, seen)
+
+    return answer
+
+
+def params(engine: ScriptedEngine, index: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = engine.seen[index].body["kv_transfer_params"]
+    return found
+
+
+@pytest.fixture
+def start_streaming(start_stack: StartStack) -> StartStack:
+    def start(**settings: Any) -> Stack:
+        stack = start_stack(kv_peer={**PEER, "streams": True}, **{"stream_kv": True, **settings})
+        pairs = len(stack.prefill) * len(stack.decode)
+        wait_for(lambda: len(stack.router.state.fleet.introductions._peers) == pairs)
+        return stack
+
+    return start
+
+
+def test_the_decode_leg_does_not_wait_for_the_prefill_leg(start_streaming: StartStack) -> None:
+    stack = start_streaming()
+    prefill, decode = stack.prefill[0], stack.decode[0]
+    prefill.behaviour, decode.behaviour = slow(0.5), after(prefill)
+    raw = stack.router.open_stream()
+    wait_for(lambda: decode.seen)
+    assert not prefill.seen[0].ended.is_set()
+    answer = b""
+    while b"[DONE]" not in answer:
+        answer += raw.recv(4096)
+    raw.close()
+    assert params(prefill)["tknp_stream"] is True
+    told = params(decode)
+    assert told["tknp_stream"] == lease_of(prefill)
+    assert told["do_remote_prefill"] is True
+    assert [told[f"remote_{name}"] for name in ("engine_id", "host", "port")] == ["one", "127.0.0.1", PEER["port"]]
+    wait_for(stack.router.is_idle)
+    answer_whole = stack.router.complete()
+    assert answer_whole.status == 200
+    moments = list(stack.router.record(answer_whole)["moments"])
+    assert moments.index("prefill_sent") < moments.index("prefill_done") < moments.index("decode_sent")
+    assert prefill.released == decode.aborted == []
+
+
+def test_only_where_it_is_wanted_and_possible(start_streaming: StartStack, start_stack: StartStack) -> None:
+    stack = start_streaming()
+    assert stack.router.complete(n=2).status == 200
+    assert params(stack.decode[0])["remote_engine_id"] == "p0", "several sequences read one offer"
+    for stock in (start_stack(stream_kv=True), start_streaming(stream_kv=False)):
+        assert stock.router.complete().status == 200
+        assert "tknp_stream" not in {**params(stock.prefill[0]), **params(stock.decode[0])}
+
+
+def test_a_prefill_leg_that_fails_ends_the_decode_leg_and_is_tried_again(start_streaming: StartStack) -> None:
+    stack = start_streaming(num_prefill=2)
+    decode = stack.decode[0]
+    hung_up: list[ScriptedEngine] = []
+
+    async def fail_once(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+        await asyncio.sleep(0.2)
+        if hung_up:
+            return await answer_prefill(engine, request, seen)
+        hung_up.append(engine)
+        return await hang_up(engine, request, seen)
+
+    async def first_stalls(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+        return await (stall if len(engine.seen) == 1 else answer_decode)(engine, request, seen)
+
+    for engine in stack.prefill:
+        engine.behaviour = fail_once
+    decode.behaviour = first_stalls
+    assert stack.router.complete().status == 200
+    assert decode.seen[0].cancelled.wait(10)
+    first, second = sorted(stack.prefill, key=lambda engine: engine not in hung_up)
+    assert [params(decode, i)["tknp_stream"] for i in (0, 1)] == [lease_of(first), lease_of(second)]
+    assert first.released == [lease_of(first)] and second.released == []
+    assert decode.aborted == [first.seen[0].headers["x-request-id"]]
+
+
+def test_a_prefill_engine_s_refusal_ends_both(start_streaming: StartStack) -> None:
+    stack = start_streaming()
+    stack.prefill[0].behaviour, stack.decode[0].behaviour = status(400), stall
+    assert stack.router.complete().status == 400
+    assert not stack.decode[0].seen or stack.decode[0].seen[0].cancelled.wait(10)
+
+
+def test_a_decode_engine_s_refusal_ends_both_and_releases(start_streaming: StartStack) -> None:
+    stack = start_streaming()
+    prefill = stack.prefill[0]
+    prefill.behaviour, stack.decode[0].behaviour = stall, status(422)
+    assert stack.router.complete().status == 422
+    wait_for(lambda: prefill.released)
+    assert not prefill.seen or prefill.seen[0].cancelled.wait(10)
+
+
+def test_a_decode_engine_that_was_not_reached_leaves_the_prefill_to_the_next(start_streaming: StartStack) -> None:
+    stack = start_streaming(num_decode=2, num_retries=1, health_check_interval=2.0)
+    prefill, (gone, left) = stack.prefill[0], stack.decode
+    prefill.behaviour = slow(0.2)
+    gone.kill()
+    for _ in range(20):  # until one is sent to the engine that is gone
+        assert stack.router.complete().status == 200
+        if any(params(left, i)["remote_engine_id"] == KV_PARAMS["remote_engine_id"] for i in range(len(left.seen))):
+            break
+    else:
+        pytest.fail("no request went on with the KV cache that was there")
+    assert len(prefill.seen) == len(left.seen), "none was computed twice"
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_hang_up_ends_both_legs_and_releases(start_streaming: StartStack, phase: str) -> None:
+    stack = start_streaming()
+    prefill, decode = stack.prefill[0], stack.decode[0]
+    prefill.behaviour, decode.behaviour = (stall if phase == "prefill" else answer_prefill), stall
+    raw = stack.router.open_stream()
+    wait_for(lambda: prefill.seen and decode.seen)
+    if phase == "decode":
+        assert prefill.seen[0].ended.wait(10)
+    raw.close()
+    wait_for(lambda: prefill.released)
+    assert prefill.released == [lease_of(prefill)]
+    assert decode.aborted == [prefill.seen[0].headers["x-request-id"]]
+    assert decode.seen[0].cancelled.wait(10)
+    if phase == "prefill":
+        assert prefill.seen[0].cancelled.wait(10)
+    wait_for(stack.router.is_idle)
+
+
+def test_an_answer_that_has_begun_needs_no_prefill_leg_any_more(start_streaming: StartStack) -> None:
+    stack = start_streaming(num_retries=0)
+    prefill, decode = stack.prefill[0], stack.decode[0]
+
+    async def break_late(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+        await asyncio.sleep(0.3)
+        return await hang_up(engine, request, seen)
+
+    prefill.behaviour = break_late
+    decode.behaviour = raw_stream(b"data: {}\n\n", b"data: {}\n\n", b"data: [DONE]\n\n", then="end", pause=0.3)
+    answer = stack.router.complete(stream=True)
+    assert answer.status == 200 and answer.body.endswith(b"data: [DONE]\n\n")
+    assert prefill.seen[0].ended.is_set() and prefill.released == []
