@@ -33,6 +33,13 @@ class RegionIds:
     def __len__(self) -> int:
         return len(self.offsets) * len(self.blocks)
 
+    def __getitem__(self, pages: slice) -> RegionIds:
+        """Of some regions: `pages` must begin and end with one."""
+        bounds = [divmod(page, len(self.blocks)) for page in (pages.start, pages.stop)]
+        (first, _), (end, _) = bounds
+        assert not any(rest for _, rest in bounds), f"{pages} cuts a region of {len(self.blocks)} blocks"
+        return RegionIds(self.offsets[first:end], self.blocks)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return (self.offsets[:, None] + self.blocks).reshape(-1).astype(dtype or np.int32)
 

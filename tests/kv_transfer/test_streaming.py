@@ -48,7 +48,7 @@ class Streams(Pair):
     def num_arrived(self, number: str) -> float:
         """Blocks of the decode leg; a layer of a block is a part of one."""
         workers = [worker.connector_worker for worker in self.decode.workers]
-        num_bytes: int = sum(worker._pulled.get(f"d{number}", (0, 0))[0] for worker in workers)
+        num_bytes: int = sum(worker._pulled.get(f"d{number}", Copies()).kv_bytes for worker in workers)
         return num_bytes / BYTES_PER_BLOCK
 
     def chunk(self, number: str, num_arrived: float) -> None:

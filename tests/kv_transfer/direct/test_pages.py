@@ -48,5 +48,8 @@ def test_ids_by_region_are_those_that_nixl_would_be_given() -> None:
     assert len(ids) == 6
     assert np.asarray(ids).tolist() == [7, 3, 107, 103, 207, 203]
     assert as_ids(ids) is ids
+    assert np.asarray(ids[2:6]).tolist() == [107, 103, 207, 203]
+    with pytest.raises(AssertionError, match="cuts a region of 2 blocks"):
+        ids[1:4]
     plain = as_ids(np.array([5], dtype=np.int64))
     assert isinstance(plain, np.ndarray) and plain.dtype == np.int32

@@ -167,7 +167,7 @@ def test_compressed_blocks_are_what_fp8_makes_of_them(pair: Callable[..., Pair])
     compared: list[bool] = []
 
     def compare(request_id: str) -> list[int]:
-        _, blocks = both.decode._place(request_id)
+        _, [blocks] = both.decode._place(request_id)
         caches = both.decode.workers[0].cache.items()
         compared.append(all(cache[blocks[: len(source)]].equal(sent[name]) for name, cache in caches))
         return [1]
