@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kv_transfer.copies import Copies
 from tests.kv_transfer.pair import BYTES_PER_BLOCK, LAYERS, Pair, prompt, run
 from tests.services.building import BLOCK_SIZE
 
