@@ -108,11 +108,13 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
     ) -> None:
         # vLLM's ends at the first question that it can't answer, such as one about a worker that there is none of since
         # the engine was started again with fewer. Nobody could shake hands with this engine any more.
+        told = ""
         while not stop_event.is_set():
             try:
                 NixlPullConnectorScheduler._nixl_handshake_listener(encoded_data, ready_event, stop_event, host, port)
             except Exception as error:  # noqa: BLE001 - whatever a peer sent, or the port, not free again yet
-                logger.warning("a question on the side channel %s:%d was not answered: %r", host, port, error)
+                if told != (told := repr(error)):  # a port that is taken is tried for as long as it is
+                    logger.warning("the side channel %s:%d did not answer, and listens again: %s", host, port, told)
                 stop_event.wait(_LISTEN_AGAIN_SECONDS)
 
     def on_new_request(self, request: Any) -> None:

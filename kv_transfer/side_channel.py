@@ -45,6 +45,11 @@ Handler = Callable[[Peer, Any], None]
 """Takes who sent a message, and its body; on the channel's thread, which it must not keep."""
 
 
+def _socket(kind: int) -> Any:
+    # The process's context: one of its own would have to be ended, which waits for what others have not taken.
+    return zmq.Context.instance().socket(kind)
+
+
 class SideChannel:
     """The listening end.
 
@@ -56,8 +61,7 @@ class SideChannel:
         """`host`: this machine's address, as other engines reach it."""
         self._handlers: dict[str, Handler] = {}
         self._on_gone: list[Callable[[Peer], None]] = []
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket = _socket(zmq.ROUTER)
         _prepare(self._socket, is_ipv6=":" in host)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         port = self._socket.bind_to_random_port(make_zmq_path("tcp", host))
@@ -65,11 +69,12 @@ class SideChannel:
         self._outbox: deque[tuple[Peer, bytes] | None] = deque()
         # ZMQ's sockets belong to one thread: others put a message out and knock.
         self._knocking = threading.Lock()
-        self._knock, self._door = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._knock, self._door = _socket(zmq.PAIR), _socket(zmq.PAIR)
         for end in (self._knock, self._door):
             end.set_hwm(0)  # a handler that sends many messages must not wait for itself
-        self._door.bind("inproc://door")
-        self._knock.connect("inproc://door")
+        door = f"inproc://door-{id(self)}"
+        self._door.bind(door)
+        self._knock.connect(door)
         self._thread = threading.Thread(target=self._serve, name="tknp-kv-side-channel", daemon=True)
         self._thread.start()
 
@@ -113,7 +118,6 @@ class SideChannel:
             self._knock.close()
         self._door.close()
         self._socket.close(linger=_HEARTBEAT_MS)
-        self._context.term()
 
     def _send(self, item: tuple[Peer, bytes] | None) -> bool:
         if item is None:
@@ -152,8 +156,7 @@ class SideChannelClient:
 
     def __init__(self, address: str) -> None:
         self.is_gone = False
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._socket = _socket(zmq.DEALER)
         _prepare(self._socket, is_ipv6="[" in address)
         self._socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)  # -1 would drop what has come and was not read yet
@@ -188,7 +191,6 @@ class SideChannelClient:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._socket.close(linger=_HEARTBEAT_MS)
-            self._context.term()
 
 
 def _prepare(socket: Any, is_ipv6: bool) -> None:

@@ -44,6 +44,7 @@ def serve(job: EngineJob, pipe: Any) -> None:
     while (order := pipe.recv()) is not None:
         name, *arguments = order
         pipe.send(getattr(engine, name)(*arguments))
+    engine.shutdown()
 
 
 class Engine:
@@ -113,3 +114,7 @@ class Engine:
         end = time.perf_counter()
         answers = [(output.outputs[0].token_ids[0], output.kv_transfer_params) for output in outputs]
         return end - begin, answers, end
+
+    def shutdown(self) -> None:
+        """Ends the engine's own process, too, which would keep its ports."""
+        self._llm.llm_engine.engine_core.shutdown()
