@@ -41,7 +41,7 @@ BYTES_PER_BLOCK = 4 * 2 * 4 * BLOCK * 32 * 4
 @pytest.fixture(scope="module")
 def stack(models: Callable[[str], Path], log_dir: Path, plain_llama: Expected) -> Iterator[Stack]:
     model = models("llama")
-    tools = ("--tool-call-parser", "pythonic")  # for examples/ask.py
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")  # for examples/ask.py
     prefill, decode = start_prefill(model, log_dir, *tools), start_decode(model, log_dir, 2, *tools)
     with running(prefill, decode, log_dir) as stack:
         yield stack
