@@ -44,8 +44,8 @@ with OpenAI(base_url=f"{URL}/v1", api_key=KEY) as client:
         if chunk.usage is not None:
             print(f"\n{chunk.usage.prompt_tokens} tokens in, {chunk.usage.completion_tokens} out")
 
-    # A tool that must be called. Engines need vLLM's --enable-auto-tool-choice, and --tool-call-parser with the one that
-    # fits the model.
+    # A tool that must be called. Engines need vLLM's --enable-auto-tool-choice, and the --tool-call-parser that fits
+    # the model.
     called = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": "Is it raining in Paris?"}],
