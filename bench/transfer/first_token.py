@@ -28,6 +28,7 @@ class FirstTokenRow:
         handover_ms: `first_token_ms` less what these bytes take on the link at its nominal rate.
         equal_tokens: share of first tokens that are the ones the prefill engine computed itself, with another kernel;
             random weights leave many near ties.
+        streamed_chunk: tokens that the prefill engine computes in a step while KV cache streams; 0 if it does not.
     """
 
     path: str
@@ -46,6 +47,7 @@ class FirstTokenRow:
     hidden_share: float
     equal_tokens: float
     repeats: int
+    streamed_chunk: int
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def _measure(
             hidden_share=round(hidden, 4),
             equal_tokens=round(statistics.fmean(run.equal_tokens for run in runs[pair.path]), 3),
             repeats=len(measured),
+            streamed_chunk=plan.streamed_chunk or 0,
         )
 
 
