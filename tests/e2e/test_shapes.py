@@ -87,7 +87,7 @@ def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama
         for role, engines in (("prefill", prefill), ("decode", decode)):
             for engine in engines:
                 name = engine.url.removeprefix("http://")
-                assert router.metric(f"{role}_requests_total", engine=name, outcome="ok") > 3
+                assert router.metric(f"{role}_requests_total", engine=name, outcome="ok") > 0
         for engine in decode:
             assert engine.metric("tknp_kv_transfer_bytes_total") > 0
         assert [engine.get("/kv_roles")["roles"] for engine in (*prefill, *decode)] == [

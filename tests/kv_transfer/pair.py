@@ -388,7 +388,8 @@ def vllm_log(handler: logging.Handler) -> Iterator[None]:
     """`handler` gets what vLLM's loggers, which hand nothing on, warn of meanwhile."""
     vllm = logging.getLogger("vllm")
     vllm.addHandler(handler)
-    before, vllm.level = vllm.level, logging.WARNING
+    before = vllm.level
+    vllm.setLevel(logging.WARNING)  # by its method: loggers remember what is enabled
     try:
         yield
     finally:
