@@ -2,14 +2,17 @@
 
 vLLM's engine goes on stepping while a request waits for its KV cache or a lease is held, and sleeps 1 ms after each
 such step (v1/engine/core.py, `_process_engine_step`). With async scheduling two of these sleeps lie between the last
-byte of a pull and the first decode step, and an engine that only holds a lease takes a good part of a core. One with
-our connector rests for as long as the connector says, or until somebody asks it for something.
+byte of a pull and the first decode step. An engine with our connector rests for as long as the connector says, or until
+somebody asks it for something. What that saves has not been told apart by a measurement: see docs/performance.md.
 """
 
 from __future__ import annotations
 
 import queue
 from typing import Any
+
+
+_VLLM_SECONDS = 0.001
 
 
 def install() -> None:
@@ -28,7 +31,9 @@ def _process_engine_step(core: Any) -> bool:
     scheduler = core.scheduler
     # The workers have not heard yet of a request that has just finished.
     if not model_executed and scheduler.has_requests() and not scheduler.finished_req_ids:
-        rest(core.input_queue, scheduler.connector.rest_seconds(scheduler.has_unfinished_requests()))
+        # Ours may be one of several in vLLM's MultiConnector, which knows nothing of rests.
+        seconds = getattr(scheduler.connector, "rest_seconds", lambda _: _VLLM_SECONDS)
+        rest(core.input_queue, seconds(scheduler.has_unfinished_requests()))
     return bool(model_executed)
 
 

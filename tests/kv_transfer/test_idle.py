@@ -81,3 +81,10 @@ def test_a_rest_ends_with_the_first_request() -> None:
 
 def test_a_rest_ends_when_it_is_over() -> None:
     idle.rest(queue.Queue(), 0.001)
+
+
+def test_an_engine_whose_connector_knows_nothing_of_rests_goes_on() -> None:
+    engine: Any = Engine(executed=False, unfinished=True, finished=set())
+    engine.scheduler.connector = object()
+    assert idle._process_engine_step(engine) is False
+    assert engine.asked == []
