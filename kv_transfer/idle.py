@@ -11,7 +11,6 @@ from __future__ import annotations
 import queue
 from typing import Any
 
-
 _VLLM_SECONDS = 0.001
 
 
