@@ -20,6 +20,7 @@ from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferR
 from kv_transfer.metrics import TransferStats
 from kv_transfer.stream_source import StreamSource
 from tknp.common.partition import get_partition
+from tknp.common.ports import wait_until_free
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -48,6 +49,8 @@ _PULL_REST_SECONDS = 0.0001
 _LEASE_REST_SECONDS = 0.05
 """While nothing but leases is left; that much later their blocks are free."""
 _LISTEN_AGAIN_SECONDS = 0.1
+_PORT_PATIENCE_SECONDS = 30.0
+"""The engine that had the port before may not have ended yet."""
 
 _MAX_RECORDS = 4096
 """Transfer records kept for whoever asks; the oldest go first."""
@@ -96,6 +99,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             self._source = StreamSource(self.side_channel_host, is_plain)
             for payload in metadata.values():
                 payload.streams = self._source.address
+        # vLLM would wait for its listener for ever.
+        wait_until_free(self.side_channel_host, self.side_channel_port, _PORT_PATIENCE_SECONDS)
         super().set_xfer_handshake_metadata(metadata)
 
     @staticmethod

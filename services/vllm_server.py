@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
+from tknp.common.ports import free_port
 from tknp.common.versions import check_vllm_version
 
 
@@ -24,14 +24,6 @@ _PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
     "vllm.io_processor_plugins",
 )
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def kv_transfer_option(role: str, device: str, vllm_args: Sequence[str]) -> list[str]:

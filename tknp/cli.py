@@ -70,6 +70,7 @@ def serve(
 
     Prefill engines, decode engines and a router in front of them, until Ctrl-C.
     """
+    from tknp.common.ports import PortError
     from tknp.launch.options import CannotServeError, ServeOptions
     from tknp.launch.serve import run_serve
 
@@ -91,7 +92,7 @@ def serve(
     try:
         with _in_one_sentence():
             code = run_serve(options)
-    except CannotServeError as error:
+    except (CannotServeError, PortError) as error:
         _fail(str(error))
     raise typer.Exit(code)
 

@@ -31,9 +31,10 @@ from bench.router.peers import (
     install,
     versions,
 )
-from bench.router.process import API_KEY, RouterFailedError, RouterProcess, free_port
+from bench.router.process import API_KEY, RouterFailedError, RouterProcess
 from bench.router.report import FAST, FEW, HELD, LONG, PACED
 from tknp import __version__
+from tknp.common.ports import free_port
 
 STREAMS_PER_SECOND = 250.0
 """Of paced loads, at most: a quarter to a half of what one core of our router does."""

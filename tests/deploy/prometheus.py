@@ -13,7 +13,7 @@ from typing import Any
 import requests
 import yaml
 
-from services.vllm_server import free_port
+from tknp.common.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 FETCHED = ROOT / ".prometheus/usr/bin"  # by scripts/prometheus.sh

@@ -13,7 +13,7 @@ from typing import Any
 
 import requests
 
-from services.vllm_server import free_port
+from tknp.common.ports import free_port
 
 START_SECONDS = 300.0
 """An engine takes 25 s on two idle cores; several starting at once on a busy machine take minutes."""
@@ -80,7 +80,10 @@ class Service:
                 raise RuntimeError(f"{self.name} ended with {code} while starting:\n{self.tail()}")
             return requests.get(self.url + path, timeout=10).status_code == 200
 
-        wait_for(ready, START_SECONDS, f"{self.name} being ready")
+        try:
+            wait_for(ready, START_SECONDS, f"{self.name} being ready")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}:\n{self.tail()}") from None
 
     def wait_whole(self) -> None:
         """For a router: returns once it is ready and nothing is worse than it should be, as while it knows decode

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.vllm_server import free_port
 from tests.e2e.hosts import OVER_TCP, Host
 from tests.e2e.processes import Service
+from tknp.common.ports import free_port
 
 SCRIPTS = Path(__file__).parents[2] / "deploy" / "slurm"
 

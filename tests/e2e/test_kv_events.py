@@ -13,8 +13,8 @@ import requests
 import zmq.asyncio
 
 from router.kv_events import EventListener, EventSource
-from services.vllm_server import free_port
 from tests.e2e.processes import Service, start_prefill, start_router, wait_for
+from tknp.common.ports import free_port
 
 BLOCK_SIZE = 32  # of the engines here
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import requests
 
-from services.vllm_server import free_port
 from tests.deploy.prometheus import MISSING, find_program
 from tests.e2e.panel_data import blind_autoscalers, broken_rules, lacking, undocumented
 from tests.e2e.processes import ENGINE_OPTIONS, Service, start_router, tknp, wait_for
@@ -17,6 +16,7 @@ from tests.e2e.stack import Stack, running
 from tests.e2e.suite import Ask, completion, conversations, tokens
 from tests.e2e.watched import watched
 from tests.router.collector import Collector, grpc_collector
+from tknp.common.ports import free_port
 from tknp.tiny_model import make_tiny_model
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"

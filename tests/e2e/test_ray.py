@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from services.vllm_server import free_port
 from tests.e2e import hosts
 from tests.e2e.conftest import Expected
 from tests.e2e.hosts import OVER_TCP, Host
 from tests.e2e.processes import ENGINE_OPTIONS, START_SECONDS, Service, tknp, wait_for
 from tests.e2e.suite import answers, around_boundaries, crowd
+from tknp.common.ports import free_port
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 pytestmark = pytest.mark.skipif(bool(reason := hosts.why_not()), reason=str(reason))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import requests
 
-from services.vllm_server import free_port
 from tests.e2e import expected
 from tests.e2e.conftest import Expected
 from tests.e2e.processes import ENGINE_OPTIONS, Service, start_decode, start_prefill, start_router, wait_for
 from tests.e2e.stack import running
 from tests.e2e.suite import answers, around_boundaries, completion, crowd
+from tknp.common.ports import free_port
 
 Models = Callable[[str], Path]
 

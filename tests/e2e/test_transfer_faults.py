@@ -16,11 +16,11 @@ import pytest
 import requests
 
 from kv_transfer import checksums
-from services.vllm_server import free_port
 from tests.e2e.conftest import Expected
 from tests.e2e.processes import ENGINE_OPTIONS, Service, start_decode, tknp, wait_for
 from tests.e2e.suite import BLOCK, Ask, around_boundaries, completion, tokens
 from tests.soak.engines import SoakEngine
+from tknp.common.ports import free_port
 
 LEASE_SECONDS = 6
 PATIENCE = 40.0

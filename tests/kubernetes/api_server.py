@@ -20,7 +20,7 @@ from typing import Any
 from kubernetes import client
 from urllib3.exceptions import HTTPError
 
-from services.vllm_server import free_port
+from tknp.common.ports import free_port
 
 BINARIES = Path(__file__).parents[2] / ".kubernetes" / "bin" / "v1.20.2"
 NAMESPACE = "llm"

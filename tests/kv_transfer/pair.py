@@ -44,9 +44,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from services.decode.token_parallel.engine_args import engine_args
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.scheduler import TokenParallelScheduler
-from services.vllm_server import free_port
 from tests.services.building import BLOCK_SIZE, MAX_MODEL_LEN
 from tknp.common.partition import BlockPartition, RankPlace, set_partition, set_place
+from tknp.common.ports import free_port
 
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 32
 LATENT_SIZE = 96

@@ -15,7 +15,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_
 
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
-from services.vllm_server import free_port
 from tests.kv_transfer.pair import (
     BYTES_PER_BLOCK,
     Pair,
@@ -26,6 +25,7 @@ from tests.kv_transfer.pair import (
 )
 from tests.services.building import BLOCK_SIZE
 from tests.soak.handovers import Fate, hand_over
+from tknp.common.ports import PortError, free_port
 
 
 @pytest.fixture
@@ -49,6 +49,14 @@ def both(llama: Path, alone: None) -> Iterator[Pair]:
     yield made
     made.decode.shutdown()
     made.prefill.shutdown()
+
+
+def test_an_engine_does_not_start_where_its_port_stays_taken(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_transfer.scheduler._PORT_PATIENCE_SECONDS", 0.2)
+    payloads = {(0, 0): both.prefill.workers[0].get_handshake_metadata()}
+    taken = f"^port {both.prefill.port} of 127.0.0.1 is in use, and still was after 0.2 s$"
+    with pytest.raises(PortError, match=taken):
+        both.prefill.scheduler.connector.set_xfer_handshake_metadata_pp_aware(payloads)
 
 
 def test_kv_that_was_held_to_the_end_is_used(both: Pair) -> None:

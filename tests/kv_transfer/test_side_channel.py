@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from kv_transfer.side_channel import Message, Peer, SideChannel, SideChannelClient
-from services.vllm_server import free_port
+from tknp.common.ports import free_port
 
 
 class Echo:

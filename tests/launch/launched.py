@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tknp.launch.ports import choose_ports
+from tknp.common.ports import choose_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.launch.launched import LIMIT, STANDIN, is_alive, wait_for
+from tknp.common.ports import choose_ports
 from tknp.launch.child import session_members
 from tknp.launch.guard import descendants
-from tknp.launch.ports import choose_ports
 
 
 def guard(*command: str) -> subprocess.Popen[bytes]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tknp.common.ports import choose_ports
 from tknp.launch.defaults import environment, is_given, is_small, vllm_options
 from tknp.launch.devices import assign_devices, visible_devices
 from tknp.launch.options import CannotServeError, ServeOptions
 from tknp.launch.places import Place
 from tknp.launch.plan import ChildSpec, Role, plan_children
-from tknp.launch.ports import choose_ports
 
 
 @pytest.fixture

@@ -17,15 +17,9 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStor
 from router.kv_events import EventListener, EventSource
 from tests.router.conftest import StartStack
 from tests.router.running import wait_for
+from tknp.common.ports import free_port
 
 PROMPT = list(range(100, 132))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def is_free(port: int) -> bool:

@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from tests.router.running import wait_for
+from tknp.common.ports import free_port
 
 PROGRAM = "from router.app import run; from router.settings import RouterSettings; run(RouterSettings())"
 
@@ -27,13 +28,6 @@ def process(port: int) -> Iterator[subprocess.Popen[bytes]]:
             yield running
         finally:
             running.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def is_healthy(port: int) -> bool:

@@ -21,7 +21,7 @@ from vllm.plugins import ENDPOINT_PLUGINS_GROUP, load_endpoint_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.decode.token_parallel.endpoint import TokenParallelEndpoint
-from services.vllm_server import PLUGIN, _serve, free_port, kv_transfer_option, option_value, prepare_environment
+from services.vllm_server import PLUGIN, _serve, kv_transfer_option, option_value, prepare_environment
 from tests.services.contract import parameters, require, require_all, source
 
 SERVER = "services/vllm_server.py"
@@ -72,12 +72,6 @@ def test_engines_get_our_connector(role: str, device: str) -> None:
 @pytest.mark.parametrize("given", [["--kv-transfer-config", "{}"], ["--kv-transfer-config={}"]])
 def test_a_connector_that_the_user_chose_stays(given: list[str]) -> None:
     assert kv_transfer_option("kv_producer", "cpu", given) == []
-
-
-def test_a_free_port_can_be_listened_on() -> None:
-    with socket.socket() as listener:
-        listener.bind(("", free_port()))
-        listener.listen()
 
 
 def test_other_engines_are_told_where_this_one_is(environment: pytest.MonkeyPatch) -> None:

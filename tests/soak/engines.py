@@ -12,8 +12,8 @@ from pathlib import Path
 
 import requests
 
-from services.vllm_server import free_port
 from tests.e2e.processes import ENGINE_OPTIONS, Service, tknp
+from tknp.common.ports import free_port
 from tknp.launch.guard import descendants
 
 

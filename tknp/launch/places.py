@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tknp.common.ports import choose_ports
 from tknp.launch.devices import assign_devices, visible_devices
-from tknp.launch.ports import choose_ports
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from tknp.common.ports import PortError, is_free
 from tknp.launch.defaults import environment, is_cpu_build, vllm_options
 from tknp.launch.options import CannotServeError, ServeOptions
 from tknp.launch.places import local_places
-from tknp.launch.ports import is_free
 from tknp.launch.ray_places import ray_places
 
 if TYPE_CHECKING:
@@ -46,8 +46,11 @@ def plan_children(options: ServeOptions, scratch: str) -> list[ChildSpec]:
     Raises:
         CannotServeError: the port is taken, or the engines need more GPUs than there are, here or on the Ray cluster.
     """
-    if not is_free(options.host, options.port):
-        raise CannotServeError(f"port {options.port} is in use; choose another with --port")
+    try:
+        if not is_free(options.host, options.port):
+            raise CannotServeError(f"port {options.port} is in use; choose another with --port")
+    except PortError as error:
+        raise CannotServeError(f"--host {error}") from error
     cpu = is_cpu_build()
     engines = _plan_engines(options, cpu, scratch)
     urls = {role: ",".join(child.url for child in engines if child.role is role) for role in Role}

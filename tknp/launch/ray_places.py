@@ -9,9 +9,9 @@ import sys
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from tknp.common.ports import choose_ports
 from tknp.launch.options import CannotServeError
 from tknp.launch.places import Place
-from tknp.launch.ports import choose_ports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from services.decode.token_parallel import nodes
 from services.decode.token_parallel.nodes import NodeWatch, prepare_network
 from services.decode.token_parallel.options import Nodes, UnsupportedConfigurationError
 from tests.e2e.processes import wait_for
-from tknp.launch.ports import is_free
+from tknp.common.ports import is_free
 
 News = queue.SimpleQueue[tuple[int, str]]
 """Host by host, what its watch tells: the reason of a loss, or "farewell"."""
