@@ -52,7 +52,7 @@ class StreamClient(asyncio.Protocol):
             self._transport.close()
 
     async def ask(self, request: bytes, num_events: int) -> None:
-        """Counts the answer as an error unless it is a 200 with all events and [DONE]."""
+        """Counts the answer as an error unless it is a 200 with all events and [DONE], or, for none, a whole one."""
         self._ended = asyncio.get_running_loop().create_future()
         self._num_events, self._is_done, self._rest = 0, False, b""
         self._asked_at = time.monotonic_ns()
@@ -61,8 +61,8 @@ class StreamClient(asyncio.Protocol):
         self._samples.num_requests += 1
         if reason is None and (status := self._parser.get_status_code()) != 200:
             reason = f"status {status}"
-        if reason is None and (self._num_events != num_events or not self._is_done):
-            reason = "incomplete stream"
+        if reason is None and (self._num_events != num_events or self._is_done != (num_events > 0)):
+            reason = "incomplete answer"
         if reason is not None:
             self._samples.failed(reason)
         self._parser = httptools.HttpResponseParser(self)

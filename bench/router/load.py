@@ -40,7 +40,7 @@ Sample = tuple[float, int]
 class Load:
     """`period` 0: every stream as fast as it goes, one after the other, for `seconds`. Otherwise a stream begins every
     `period` seconds on each connection, and its events are spread evenly over the period; the connections begin one
-    after the other, within `ramp` seconds (None: within a period)."""
+    after the other, within `ramp` seconds (None: within a period). Without events answers are whole, not streams."""
 
     name: str
     concurrency: int
@@ -52,7 +52,7 @@ class Load:
     @property
     def interval(self) -> float:
         """Seconds between two events of a stream."""
-        return self.period / self.num_events
+        return self.period / self.num_events if self.period else 0.0
 
     @property
     def limit(self) -> float:
@@ -97,8 +97,10 @@ class Result:
     load_cpu: float
 
 
-def request_body(mode: Mode, num_events: int, stream: bool = True) -> bytes:
-    body = {"model": MODEL, "prompt": _PROMPT, "max_tokens": num_events, "stream": stream, "temperature": 0}
+def request_body(mode: Mode, num_events: int) -> bytes:
+    """For a stream of so many events; for a whole answer without any."""
+    tokens = {"max_tokens": max(1, num_events), "stream": num_events > 0}
+    body = {"model": MODEL, "prompt": _PROMPT, **tokens, "temperature": 0}
     if mode is Mode.ONE_LEG:
         # Our router sends such a request to a decode engine alone. Every router gets the same bytes.
         body["best_of"] = 2

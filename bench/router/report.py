@@ -1,9 +1,11 @@
 """From single runs to rows, the summary and the table.
 
-What a request and a streamed chunk cost comes from two loads that differ in nothing but the chunks of a stream: with
-CPU time c, r requests and e chunks in each, c = a r + b e has one solution (a, b). One has many chunks a request, the
-other has two, so that either cost is most of one load's time. Chunks are paced, so that none are read together with
-others. A ratio is that of two routers' costs in one turn, one after the other; the median of all turns counts.
+What a request costs is CPU time over requests where answers are whole and come as fast as they go. What a streamed
+chunk costs, and a request where few come in a second, is taken from two loads that differ in nothing but the chunks of
+a stream: with CPU time c, r requests and e chunks in each, c = a r + b e has one solution (a, b). One has many chunks a
+request, the other has two, so that either cost is most of one load's time. Chunks are paced, so that none are read
+together with others. A ratio is that of two routers' costs in one turn, one after the other; the median of all turns
+counts.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.router.load import Result
 from bench.router.peers import DIRECT, OURS, Mode
 
 NOISY = 0.10
 """Share of the two cores that others may use in a run that counts, unless all runs had more."""
-FAST, PACED, LONG, FEW, HELD = "fast", "paced", "long", "few", "held"
-"""Loads: streams as fast as they go; paced streams; such of many chunks, and of few; and as many as there are, long."""
+FAST, PACED, HELD = "fast", "paced", "held"
+"""Loads: streams as fast as they go; paced streams; and as many of those as there are, for long."""
+WHOLE, LONG, FEW = "whole", "long", "few"
+"""Whole answers as fast as they go; paced streams of many chunks, and of few."""
+_RATIOS = ("cpu_per_request_ratio", "cpu_per_sparse_request_ratio", "cpu_per_chunk_ratio")
 REFERENCE, HTTPX = "vllm-router", "fastapi-httpx"
 
 
@@ -44,7 +49,8 @@ class Row:
     """One router in one mode at one number of streams.
 
     Added times are the difference to the client that goes straight to the engine, in microseconds. CPU is in
-    microseconds, at the number of streams where it was taken apart, None elsewhere.
+    microseconds, at the number of streams where it was taken apart, None elsewhere; of a request among many, and among
+    few, between which a router goes to sleep.
     """
 
     router: str
@@ -56,6 +62,7 @@ class Row:
     added_per_token_p50_us: Spread | None
     added_per_token_p99_us: Spread | None
     cpu_per_request_us: Spread | None
+    cpu_per_sparse_request_us: Spread | None
     cpu_per_chunk_us: Spread | None
     cpu_per_paced_stream_us: Spread | None
     rss_mib: list[float | None]
@@ -103,8 +110,9 @@ def _row(runs: list[Result], baseline: dict[tuple[str, int], list[Result]]) -> R
         added_first_token_p99_us=added("first_token_p99_us"),
         added_per_token_p50_us=added("delivery_p50_us"),
         added_per_token_p99_us=added("delivery_p99_us"),
-        cpu_per_request_us=Spread.of([a * 1e6 for a, _ in costs]),
-        cpu_per_chunk_us=Spread.of([b * 1e6 for _, b in costs]),
+        cpu_per_request_us=Spread.of([cost.request * 1e6 for cost in costs]),
+        cpu_per_sparse_request_us=Spread.of([cost.sparse_request * 1e6 for cost in costs]),
+        cpu_per_chunk_us=Spread.of([cost.chunk * 1e6 for cost in costs]),
         cpu_per_paced_stream_us=Spread.of(
             [(r.router_cpu_seconds or 0.0) / r.num_requests * 1e6 for r in _quiet(paced) if r.num_requests]
         ),
@@ -116,23 +124,33 @@ def _row(runs: list[Result], baseline: dict[tuple[str, int], list[Result]]) -> R
     )
 
 
-def _costs(runs: Iterable[Result]) -> list[tuple[float, float] | None]:
+class Cost(NamedTuple):
+    """Seconds of CPU."""
+
+    request: float
+    sparse_request: float
+    chunk: float
+
+
+def _costs(runs: Iterable[Result]) -> list[Cost | None]:
     """Of each turn, what `cost` makes of it."""
     runs = list(runs)
-    long, few = ([r for r in runs if r.load == name] for name in (LONG, FEW))
-    return list(map(cost, long, few))
+    return list(map(cost, *([r for r in runs if r.load == name] for name in (WHOLE, LONG, FEW))))
 
 
-def cost(many: Result, few: Result) -> tuple[float, float] | None:
-    """Seconds of CPU for a request and for a chunk; None where a router died or the loads don't tell them apart."""
-    if many.died or few.died or many.router_cpu_seconds is None or few.router_cpu_seconds is None:
+def cost(whole: Result, many: Result, few: Result) -> Cost | None:
+    """None where a router died or the loads don't tell requests and chunks apart."""
+    if whole.died or many.died or few.died:
+        return None
+    if whole.router_cpu_seconds is None or many.router_cpu_seconds is None or few.router_cpu_seconds is None:
         return None
     determinant = many.num_requests * few.num_events - few.num_requests * many.num_events
     if not determinant:
         return None
     request = many.router_cpu_seconds * few.num_events - few.router_cpu_seconds * many.num_events
     chunk = many.num_requests * few.router_cpu_seconds - few.num_requests * many.router_cpu_seconds
-    return request / determinant, chunk / determinant
+    each = whole.router_cpu_seconds / max(1, whole.num_requests)
+    return Cost(each, request / determinant, chunk / determinant)
 
 
 def _quiet(runs: Iterable[Result]) -> list[Result]:
@@ -144,8 +162,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     """The figures by which our router is judged. Each ratio that exists for both modes is the worse one."""
     by_mode = {mode.value: cost_ratios(results, mode) for mode in Mode}
     worst = {
-        name: max((found[name].median for found in by_mode.values() if name in found), default=None)
-        for name in ("cpu_per_request_ratio", "cpu_per_chunk_ratio")
+        name: max((found[name].median for found in by_mode.values() if name in found), default=None) for name in _RATIOS
     }
     found = rows(results)
     ours = [row for row in found if row.router == OURS]
@@ -175,7 +192,7 @@ def cost_ratios(results: Sequence[Result], mode: Mode) -> dict[str, Spread]:
     pairs = [(own, other) for own, other in zip(ours, theirs, strict=False) if own and other]
     ratios = {
         name: Spread.of([own[which] / other[which] for own, other in pairs if other[which] > 0])
-        for which, name in enumerate(("cpu_per_request_ratio", "cpu_per_chunk_ratio"))
+        for which, name in enumerate(_RATIOS)
     }
     return {name: spread for name, spread in ratios.items() if spread is not None}
 

@@ -32,7 +32,7 @@ from bench.router.peers import (
     versions,
 )
 from bench.router.process import API_KEY, RouterFailedError, RouterProcess
-from bench.router.report import FAST, FEW, HELD, LONG, PACED
+from bench.router.report import FAST, FEW, HELD, LONG, PACED, WHOLE
 from tknp import __version__
 from tknp.common.ports import free_port
 
@@ -76,12 +76,14 @@ class Plan:
             yield Load(FAST, concurrency, 8, self.seconds)
             yield Load(PACED, concurrency, self.num_events, self.seconds, period)
 
-    def cost_loads(self) -> tuple[Load, Load]:
-        """Nearly all chunks, and nearly all requests; a stream's chunks come as far apart as in the paced load."""
+    def cost_loads(self) -> tuple[Load, Load, Load]:
+        """Whole answers as fast as they go; nearly all chunks, as far apart in a stream as in the paced load; and
+        nearly all requests."""
         period = 0.5 * self.num_long_events / self.num_events
         ramp = COST_CONCURRENCY / STREAMS_PER_SECOND  # its moments fall between those of the chunks
         long = Load(LONG, COST_CONCURRENCY, self.num_long_events, period, period, ramp)
-        return long, Load(FEW, COST_CONCURRENCY, 2, 2 * self.seconds, 0.5)
+        whole = Load(WHOLE, COST_CONCURRENCY, 0, self.seconds)
+        return whole, long, Load(FEW, COST_CONCURRENCY, 2, 2 * self.seconds, 0.5)
 
     def held_load(self) -> Load:
         most = max(self.concurrencies)
@@ -234,7 +236,7 @@ async def _start(
     log = plan.log_dir / f"{router.name}-{router.mode}.log"
     process = RouterProcess(router.name, router.command(start), start.port, cores[0], log)
     try:
-        await asyncio.to_thread(process.wait_ready, request_body(router.mode, 1, stream=False))
+        await asyncio.to_thread(process.wait_ready, request_body(router.mode, 0))
         await run_load(Load("warm-up", 8, 8, 0.5), router.mode, engines, process.port, cores, process)
     except BaseException:
         await asyncio.to_thread(process.stop)

@@ -15,7 +15,7 @@ from bench.cli import app
 from bench.router import peers
 from bench.router.load import Load, Result
 from bench.router.peers import DIRECT, OURS, Mode
-from bench.router.report import FAST, FEW, HELD, LONG, PACED, cost, read, record, rows, summary, table
+from bench.router.report import FAST, FEW, HELD, LONG, PACED, WHOLE, cost, read, record, rows, summary, table
 from bench.router.run import Plan
 
 RESULT = Result(
@@ -62,7 +62,7 @@ def runs_of(router: str, mode: Mode, per_request: float, per_chunk: float, per_s
             requests_per_second=per_second,
         )
 
-    return [run(FAST, 8), run(LONG, 256), run(FEW, 2)]
+    return [run(FAST, 8), run(WHOLE, 0), run(LONG, 256), run(FEW, 2)]
 
 
 def test_it_runs(tmp_path: Path) -> None:
@@ -87,11 +87,12 @@ def test_it_runs(tmp_path: Path) -> None:
 
 
 def test_cost_of_a_request_and_of_a_chunk_are_told_apart() -> None:
-    _, many, few = runs_of(OURS, Mode.ONE_LEG, 200e-6, 20e-6, 1000)
-    found = cost(many, few)
-    assert found is not None and found == pytest.approx((200e-6, 20e-6))
-    assert cost(many, many) is None, "one load does not tell them apart"
-    assert cost(replace(many, died=True), few) is None
+    _, whole, many, few = runs_of(OURS, Mode.ONE_LEG, 200e-6, 20e-6, 1000)
+    assert cost(whole, many, few) == pytest.approx((200e-6, 200e-6, 20e-6))
+    among_many = replace(whole, router_cpu_seconds=0.1)
+    assert cost(among_many, many, few) == pytest.approx((100e-6, 200e-6, 20e-6))
+    assert cost(whole, many, many) is None, "one load does not tell them apart"
+    assert cost(whole, replace(many, died=True), few) is None
 
 
 def test_the_summary_compares_like_with_like_and_keeps_the_worse_mode() -> None:
@@ -106,8 +107,8 @@ def test_the_summary_compares_like_with_like_and_keeps_the_worse_mode() -> None:
     found = summary(results)
     medians = {mode: {name: s["median"] for name, s in found["by_mode"][mode].items()} for mode in found["by_mode"]}
     assert medians == {
-        "one-leg": {"cpu_per_request_ratio": 1.8, "cpu_per_chunk_ratio": 1.5},
-        "two-leg": {"cpu_per_request_ratio": 2.5, "cpu_per_chunk_ratio": 1.2},
+        "one-leg": {"cpu_per_request_ratio": 1.8, "cpu_per_sparse_request_ratio": 1.8, "cpu_per_chunk_ratio": 1.5},
+        "two-leg": {"cpu_per_request_ratio": 2.5, "cpu_per_sparse_request_ratio": 2.5, "cpu_per_chunk_ratio": 1.2},
     }
     assert (found["cpu_per_request_ratio"], found["cpu_per_chunk_ratio"]) == (2.5, 1.5)
     assert found["requests_per_second_ratio_httpx"] == 10.0
@@ -144,7 +145,7 @@ def test_runs_can_be_added_to_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(record(first, {"at": "then"})))
     before, parts = read(path)
     found = record([*before, *second], {"at": "now"}, parts)
-    assert [run["requests_per_second"] for run in found["runs"]] == [1000] * 3 + [3000] * 3
+    assert [run["requests_per_second"] for run in found["runs"]] == [1000] * 4 + [3000] * 4
     assert (found["environment"], found["earlier_environments"]) == ({"at": "now"}, [{"at": "then"}])
 
 
@@ -174,7 +175,7 @@ def test_peers_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.
 
 def test_paced_loads_keep_the_rate_within_what_a_router_can_do() -> None:
     for load in (*Plan().loads(), *Plan().cost_loads(), Plan().held_load()):
-        if load.name != FAST and load.concurrency > 1:
+        if load.period and load.concurrency > 1:
             assert load.concurrency / (load.ramp or load.period) <= 250
             assert load.interval * load.num_events == pytest.approx(load.period)
     assert Load(PACED, 1, 16, 3.0, 0.032).num_rounds == 94
