@@ -59,6 +59,11 @@ class ChecksumTable:
         self.num_heads = first.shape[1]
         self.rows = np.zeros((first.shape[0], self.num_heads), dtype=np.int64)
 
+    @property
+    def region(self) -> tuple[int, int, int, str]:
+        """Address, bytes, device and name, as NIXL registers memory."""
+        return (self.rows.ctypes.data, self.rows.nbytes, 0, "")
+
     def write(self, block_ids: Sequence[Sequence[int]]) -> None:
         """Of these blocks, by group."""
         for caches, ids in zip(self._groups, block_ids, strict=True):
@@ -112,7 +117,7 @@ class ChecksumReader:
 
     @property
     def region(self) -> tuple[int, int, int, str]:
-        """Address, bytes, device and name, as NIXL registers memory."""
+        """See ChecksumTable.region."""
         return (self._buffer.ctypes.data, self._buffer.nbytes, 0, "")
 
     def expect(self, request_id: str, pulled: PulledBlocks) -> None:

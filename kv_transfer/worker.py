@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 from kv_transfer import checksums
 from kv_transfer.agent import make_agent
+from kv_transfer.checksum_worker import ChecksumWorker
 from kv_transfer.copies import Copies
 from kv_transfer.direct.pages import RegionIds
 from kv_transfer.handshakes import HandshakeExecutor
@@ -25,7 +26,6 @@ from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord,
 from kv_transfer.metrics import TransferStats
 from kv_transfer.packed.read import PeerLostError
 from kv_transfer.path import choose_path
-from kv_transfer.shapes import ShapeCheckingWorker
 from tknp.common.partition import RankPlace, get_place
 from tknp.common.silence import SilenceLimit
 
@@ -69,7 +69,7 @@ class _OwnPull(ReqMeta):
     trusted_until: float = math.inf  # by time.monotonic()
 
 
-class TokenParallelConnectorWorker(ShapeCheckingWorker):
+class TokenParallelConnectorWorker(ChecksumWorker):
     """vLLM's pull worker, restricted to the requests of its own rank."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
@@ -87,8 +87,6 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
         agent: Any = QuietReads(self._path.agent)
         self.nixl_wrapper = agent
         self._checks = LeaseChecks(agent, needs_checksums=checksums.is_on())
-        self._sum_table: checksums.ChecksumTable | None = None
-        self._sum_reader: checksums.ChecksumReader | None = None
         self._lease_table = LeaseTable()
         self._lease_slots: dict[str, int] = {}
         self._scratch = np.zeros(_SCRATCH_BYTES, dtype=np.uint8)
@@ -126,9 +124,9 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
         regions = [self._lease_table.region, self._checks.region, scratch]
         table = [self._lease_table.rows.ctypes.data, self._lease_table.epoch]
         if checksums.is_on():
-            regions += self._prepare_checksums(kv_caches)
-            assert self._sum_table is not None
-            table += [self._sum_table.rows.ctypes.data, self._sum_table.num_heads]
+            sums, reader = self._prepare_checksums(kv_caches, self.xfer_stats.record_compared)
+            regions += [sums.region, reader.region]
+            table += [sums.rows.ctypes.data, sums.num_heads]
         descs = self.nixl_wrapper.get_reg_descs(regions, "DRAM")
         self.nixl_wrapper.register_memory(descs, backends=self.nixl_backends)
         self._registered_descs.append(descs)
@@ -136,33 +134,6 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
         payload = HandshakePayload(**vars(self.xfer_handshake_metadata), lease_table=tuple(table))
         self._path.offer(kv_caches, payload)
         self.xfer_handshake_metadata: Any = payload
-
-    def _prepare_checksums(self, kv_caches: Any) -> list[tuple[int, int, int, str]]:
-        """Tables for both sides; the regions to register.
-
-        Raises:
-            NotImplementedError: the KV cache is not of the kind that the test mode knows.
-        """
-        is_plain = all(cache.ndim == 4 and cache.is_contiguous() for cache in kv_caches.values())
-        is_whole = self._physical_blocks_per_logical_kv_block == 1 and self.dcp_size == 1
-        if not (is_plain and is_whole) or self.use_mla or self._has_mamba:
-            raise NotImplementedError(
-                f"{checksums.VARIABLE} knows plain attention with whole blocks only; leave it unset for this model"
-            )
-        groups = [[kv_caches[name] for name in sorted(g.layer_names)] for g in self.kv_cache_config.transfer_groups]
-        self._sum_table = checksums.ChecksumTable(groups)
-        num_rows = self.model_config.max_model_len // checksums.SMALLEST_BLOCK + 1
-        self._sum_reader = checksums.ChecksumReader(
-            *(self.nixl_wrapper, groups, self._first_head(self.tp_rank, self.world_size), num_rows),
-            on_compared=self.xfer_stats.record_compared,
-        )
-        return [
-            (self._sum_table.rows.ctypes.data, self._sum_table.rows.nbytes, 0, ""),
-            self._sum_reader.region,
-        ]
-
-    def _first_head(self, rank: int, tensor_parallel_size: int) -> int:
-        return int(rank * self.model_config.get_total_num_kv_heads() // tensor_parallel_size)
 
     def _warm_up(self, engine_id: str, worker: tuple[int, int], agent_name: str) -> None:
         """Reads a few bytes, since UCX connects at the first read."""
@@ -258,35 +229,6 @@ class TokenParallelConnectorWorker(ShapeCheckingWorker):
             notification = f"{kwargs['remote_request_id']}:{kwargs['expected_consumers']}".encode()
             self._pending_recv_notifs.setdefault(request_id, []).append((agent_name, notification))
         return is_posted
-
-    def _expect_checksums(self, request_id: str, read_spec: Any, offer: Offer, engine_id: str) -> None:
-        assert self._sum_reader is not None and self.transfer_topo is not None
-        worker = (0, read_spec.remote_rank)
-        remote = self.transfer_topo.get_engine_info(engine_id)
-        here, there = read_spec.local_block_ids, read_spec.remote_block_ids
-        # As `_read_blocks` of vLLM pairs them.
-        ratio = self.transfer_topo.block_size_ratio(remote.remote_block_size)
-        if ratio > 1:
-            here, there = self._map_block_ids_for_block_size_ratio(here, there, ratio)
-        here, there = self._apply_prefix_caching(
-            decode_block_ids=here,
-            prefill_block_ids=there,
-            decode_physical_per_logical=self._physical_blocks_per_logical_kv_block,
-            prefill_physical_per_logical=remote.remote_physical_blocks_per_logical,
-        )
-        table = offer.tables[worker]
-        first_head = self._first_head(read_spec.remote_rank, remote.remote_tp_size)
-        pulled = checksums.PulledBlocks(
-            self._remote_agents[engine_id][worker],
-            table.checksums,
-            table.num_heads,
-            first_head,
-            remote.remote_block_size,
-            here,
-            there,
-            offer.row_of(worker),
-        )
-        self._sum_reader.expect(request_id, pulled)
 
     def _handle_failed_transfer(self, req_id: str, *args: Any, **kwargs: Any) -> bool:
         # A connection that timed out stays dead, but NIXL 1.5 keeps the metadata by which vLLM sees that it has to

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from router.continued import Before, Continued, StopText
+from router.recent import Recent, text_of
 from router.stream_fields import CantContinue, check_fields, for_the_rest, stop_strings
 from router.types import Api, GenerationRequest, JsonObject, NoContinuation
 
@@ -30,9 +31,7 @@ _CHOICE, _ROLE, _CHOICES = b'"choices":[{', b'"role":', b',"choices":'
 _REASONING = (b'"reasoning":', b'"reasoning_content":')
 _DONE = b"data: [DONE]\n\n"
 
-# A window of tokens whose text is looked at: a character has at most four (byte-level BPE), and the first of them may
-# be the rest of one.
-_TOKENS_PER_CHARACTER, _MARGIN = 4, 16
+_WINDOW = 16  # tokens whose text is looked at: a character has at most four (byte-level BPE)
 _MAX_DROPPED = 8  # tokens of a character that is not whole; a character of UTF-8 lacks three at most
 
 
@@ -53,6 +52,8 @@ class Transcript:
         self._shows_tokens = self._wants_ids or request.body.get("logprobs") not in (None, False)
         self._ids = bytearray()
         self._last = b""  # what the client was sent last
+        # With stop strings, whose text is held back: the last events, as they came and as they were sent.
+        self._recent = Recent() if max(map(len, stop_strings(request.body)[0]), default=0) > 1 else None
         self._head = b""  # of all events: their id, their time
         self._prompt = 0, 0  # its number of tokens, and the hash of their ids
         self._has_ids = True
@@ -70,9 +71,8 @@ class Transcript:
         is_plain = begin > len(_IDS) and events.find(b"\n\n") == len(events) - 2 and _SPECIAL not in events
         if is_plain and self._is_under_way and (end := events.find(b"]", begin)) > begin:
             self._ids += events[begin:end] + b","  # one event, as nearly all: the same as below, in fewer steps
-            self._last = events = b"%bnull%b" % (events[: begin - 1], events[end + 1 :])
-            return events
-        if self._continued is None:
+            self._last = b"%bnull%b" % (events[: begin - 1], events[end + 1 :])
+        elif self._continued is None:
             self._last = self._take_any(events)
             self._is_under_way = self._has_begun and not self._wants_ids
         else:
@@ -81,6 +81,8 @@ class Transcript:
             dressed, ids = self._continued.dress(events)
             self._ids += b"".join(b"%d," % token for token in ids)
             self._last = dressed + self._end_of(orjson.loads(self._head)) if self._continued.is_over else dressed
+        if self._recent is not None:
+            self._recent.append(events, self._last)
         return self._last
 
     def _take_any(self, events: bytes) -> bytes:
@@ -189,28 +191,25 @@ class Transcript:
 
         A detokenizer that begins within a character loses it, or gives all of the prompt's text.
         """
-        stops, is_included = stop_strings(self._request.body)
-        num_held = max(map(len, stops), default=1) - 1
-        sent = _text(_last_event(self._last))
-        if sent and not num_held:
+        if self._recent is None and text_of(_last_event(self._last)):
             return ids, None
-        window = _TOKENS_PER_CHARACTER * num_held + _MARGIN
         # What the client has seen of tokens can be generated again only where no chance is in it.
         can_drop = not self._shows_tokens or self._request.body.get("temperature") == 0
         for num_dropped in range(min(_MAX_DROPPED, len(ids)) + 1 if can_drop else 1):
             kept = ids[: len(ids) - num_dropped]
-            text = await decode([*prompt_ids[-window:], *kept[-window:]][-window:])
+            text = await decode([*prompt_ids[-_WINDOW:], *kept[-_WINDOW:]][-_WINDOW:])
             if not text.endswith("\ufffd"):
                 break
         else:
             raise CantContinue(NoContinuation.TEXT)
-        if not num_held:
+        if self._recent is None:
             return kept, None
-        if is_included:  # nothing was held back, so it may be shorter than what is looked at
-            text = await decode(kept[-window:])
-        # vLLM holds back as much as it may once something was sent, and what was sent must fit to that.
-        if not self._has_begun or not (text if is_included else text[:-num_held]).endswith(sent[-_MARGIN // 2 :]):
+        if not self._has_begun:
             raise CantContinue(NoContinuation.TEXT)
+        stops, is_included = stop_strings(self._request.body)
+        num_held = max(map(len, stops)) - 1
+        # vLLM holds back as much as it may once something was sent.
+        text = await self._recent.text(prompt_ids, kept, decode, 0 if is_included else num_held)
         min_tokens = max(0, (self._request.body.get("min_tokens") or 0) - len(kept))
         return kept, StopText(stops, is_included, min_tokens, text[-num_held:])
 
@@ -231,8 +230,3 @@ def _last_event(events: bytes) -> JsonObject:
         event: JsonObject = orjson.loads(lines[-1].removeprefix(b"data: ")) if lines else {}
         return event
     return {}
-
-
-def _text(event: JsonObject) -> str:
-    choice: dict[str, Any] = (event.get("choices") or [{}])[0]
-    return choice.get("text") or (choice.get("delta") or {}).get("content") or ""

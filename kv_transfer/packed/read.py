@@ -17,11 +17,9 @@ class PeerLostError(RuntimeError):
 
 
 class PackedRead:
-    """In the place of NIXL's handle.
+    """See kv_transfer.detour.Read.
 
     Attributes:
-        peer: NIXL's name for the prefill worker.
-        notification: what the worker is to be told at the end, if anything.
         source_ids, destination_ids: numbers of pages, each of the first for the one of the second at its place.
         works: what takes its pages out of slots.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kv_transfer.pair import world
+from tests.kv_transfer.world import world
 from tests.services.building import tiny_config
 from tests.services.conftest import llama, no_partition_left_over, quiet
 

@@ -15,7 +15,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from tests.e2e.hosts import OVER_TCP, Host
-from tests.kv_transfer.pair import Engine, world
+from tests.kv_transfer.pair import Engine
+from tests.kv_transfer.world import world
 from tests.services.building import silence_vllm, tiny_config
 
 

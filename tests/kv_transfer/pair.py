@@ -4,12 +4,10 @@ makes, and when it reads a request's cache it insists on just that, so that one 
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,6 @@ from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.parallel_state import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -368,33 +360,6 @@ class Pair:
             assert engine.num_free_blocks == engine.num_usable_blocks
             engine.scheduler.reset_prefix_cache()
         return self.decode.stats.pop("stale_reason", [])
-
-
-@contextmanager
-def world(config: Any, directory: Path) -> Iterator[None]:
-    """vLLM's process groups, with this process alone in them."""
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{directory / 'store'}", 0, "gloo")
-        initialize_model_parallel(1, 1)
-        try:
-            yield
-        finally:
-            destroy_model_parallel()
-            destroy_distributed_environment()
-
-
-@contextmanager
-def vllm_log(handler: logging.Handler) -> Iterator[None]:
-    """`handler` gets what vLLM's loggers, which hand nothing on, warn of meanwhile."""
-    vllm = logging.getLogger("vllm")
-    vllm.addHandler(handler)
-    before = vllm.level
-    vllm.setLevel(logging.WARNING)  # by its method: loggers remember what is enabled
-    try:
-        yield
-    finally:
-        vllm.removeHandler(handler)
-        vllm.setLevel(before)
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:

@@ -21,8 +21,8 @@ from tests.kv_transfer.pair import (
     make_latent_model,
     prompt,
     run,
-    vllm_log,
 )
+from tests.kv_transfer.world import vllm_log
 from tests.services.building import BLOCK_SIZE
 from tests.soak.handovers import Fate, hand_over
 from tknp.common.ports import PortError, free_port

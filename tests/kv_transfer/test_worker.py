@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 from kv_transfer import worker as kv_worker
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata
 from kv_transfer.worker import TokenParallelConnectorWorker
-from tests.kv_transfer import pair
+from tests.kv_transfer.world import world as make_world
 from tests.services.building import kv_cache_config, tiny_config
 from tknp.common.partition import BlockPartition, RankPlace, set_place
 
@@ -28,7 +28,7 @@ PARTITION = BlockPartition((10, 20))
 def world(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     config = tiny_config(llama, pulls_kv=True)
     config.cache_config.kv_cache_layout = "LBHNC"
-    with pair.world(config, tmp_path_factory.mktemp("world")):
+    with make_world(config, tmp_path_factory.mktemp("world")):
         yield config
 
 

@@ -21,19 +21,33 @@ from tests.router.scripted_engine import MODEL, Behaviour, ScriptedEngine, Seen,
 
 BYTES = 0x1000  # tokens from here on are single bytes; those below are characters
 EURO = [BYTES + byte for byte in "€".encode()]
+SPECIAL = 0xF00  # a token without text in an answer, as tokenizers have them; where text is asked for, it has some
 REPLACEMENT = "\ufffd"
 
 
 def next_token(ids: list[int]) -> int:
-    """A letter; after a prompt with an e acute, now and then the euro sign in three tokens."""
+    """A letter; after a prompt with an e acute, now and then the euro sign in three tokens, and after one with an o
+    slash now and then a special token."""
     if ids[-1] in EURO[:2]:
         return EURO[EURO.index(ids[-1]) + 1]
     drawn = crc32(orjson.dumps(ids))
+    if ord("ø") in ids and drawn % 4 == 0:
+        return SPECIAL
     return EURO[0] if ord("é") in ids and drawn % 3 == 0 else 97 + drawn % 26
 
 
 def decode(ids: list[int]) -> str:
-    return b"".join(bytes([i - BYTES]) if i >= BYTES else chr(i).encode() for i in ids).decode(errors="replace")
+    return b"".join(map(_bytes_of, ids)).decode(errors="replace")
+
+
+def _bytes_of(token: int) -> bytes:
+    if token == SPECIAL:
+        return b"<|special|>"
+    return bytes([token - BYTES]) if token >= BYTES else chr(token).encode()
+
+
+def _shown(ids: list[int]) -> str:
+    return decode([token for token in ids if token != SPECIAL])
 
 
 def prompt_ids(path: str, body: dict[str, Any]) -> list[int]:
@@ -60,7 +74,7 @@ class Step:
 
 def steps(prompt: list[int], body: dict[str, Any]) -> Iterator[Step]:
     """One a token, with the text that vLLM's detokenizer gives for it."""
-    ids, known = list(prompt), decode(prompt)
+    ids, known = list(prompt), _shown(prompt)
     known = "" if known.endswith(REPLACEMENT) else known
     stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
     shows_stop = body.get("include_stop_str_in_output")
@@ -71,7 +85,7 @@ def steps(prompt: list[int], body: dict[str, Any]) -> Iterator[Step]:
         token = next_token(ids)
         ids.append(token)
         step = Step(token, "", "length" if number == max_tokens else None)
-        before, whole = len(answer), decode(ids)
+        before, whole = len(answer), _shown(ids)
         can_stop = number > body.get("min_tokens", 0)
         if can_stop and token in body.get("stop_token_ids", ()):
             step.finish_reason, step.stop_reason = "stop", token

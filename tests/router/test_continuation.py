@@ -71,6 +71,9 @@ CONTINUED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": [ord("é"), EURO[0]], "max_tokens": 30, "include_stop_str_in_output": True}),
     (COMPLETIONS, {"prompt": ["é"], "max_tokens": 40, "stop": "xyz", "stream_options": USAGE}),
     (COMPLETIONS, {"max_tokens": 30, **STOPS}),
+    (COMPLETIONS, {"max_tokens": 30, "prompt": "ø", **STOPS}),  # every fourth token or so is a special one
+    (COMPLETIONS, {"max_tokens": 30, "prompt": "ø", "include_stop_str_in_output": True, **STOPS}),
+    (COMPLETIONS, {"max_tokens": 40, "prompt": "éø", **STOPS}),
     (COMPLETIONS, {"repetition_penalty": 1.1, "cache_salt": "s", "response_format": {"type": "text"}}),
     (COMPLETIONS, {"max_tokens": 30, "stop_token_ids": [109], "min_tokens": 7, "stop": ["never"]}),
     (CHAT, {}),
@@ -78,6 +81,7 @@ CONTINUED: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"max_completion_tokens": 9, "max_tokens": None, "stream_options": USAGE, "temperature": 0, "seed": 3}),
     (CHAT, {"logprobs": True, "top_logprobs": 3}),
     (CHAT, {"logprobs": True}),
+    (CHAT, {"max_tokens": 30, "messages": [{"role": "user", "content": "ø"}], **STOPS}),
     (CHAT, {"max_tokens": 30, "tools": [{"type": "function"}], "tool_choice": "none", **STOPS}),
 ]
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from tests.kv_transfer.pair import Engine, prompt, run, world
+from tests.kv_transfer.pair import Engine, prompt, run
+from tests.kv_transfer.world import world
 from tests.services.building import silence_vllm, tiny_config
 from tknp.tiny_model import make_tiny_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, ba
 from vllm.distributed.nixl_utils import NixlWrapper
 
 from kv_transfer.direct.agent import DirectAgent
+from kv_transfer.packed.agent import PackedAgent
 from tests.services.contract import parameters, require, source
 
-AGENT, PATH, METRICS = "kv_transfer/direct/agent.py", "kv_transfer/path.py", "kv_transfer/metrics.py"
+AGENT, PATH, METRICS = "kv_transfer/detour.py", "kv_transfer/path.py", "kv_transfer/metrics.py"
 
 Worker: Any = pull_worker.NixlPullConnectorWorker
 
@@ -33,8 +35,13 @@ Worker: Any = pull_worker.NixlPullConnectorWorker
 )
 def test_the_agent_has_these_methods(name: str) -> None:
     require(callable(getattr(NixlWrapper, name, None)), name, AGENT)
-    if name in vars(DirectAgent):
-        ours, theirs = (parameters(getattr(kind, name)) for kind in (DirectAgent, NixlWrapper))
+
+
+@pytest.mark.parametrize("kind", [DirectAgent, PackedAgent])
+def test_what_stands_in_the_agents_place_has_its_parameters(kind: type[Any]) -> None:
+    own = {name for name, member in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
+    for name in own - {"connect", "disconnect", "is_connected", "settle"}:
+        ours, theirs = (parameters(getattr(one, name)) for one in (kind, NixlWrapper))
         given = [one for one in ours if one not in ("args", "kwargs")]
         require(given == theirs[: len(given)], f"parameters of {name}", AGENT)
 

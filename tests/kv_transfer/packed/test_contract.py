@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import pull_worker
 from vllm.distributed.nixl_utils import NixlWrapper
 from vllm.v1.attention.backends import cpu_attn
 
-from kv_transfer.packed.agent import PackedAgent
-from tests.services.contract import parameters, require, source
+from tests.services.contract import require, source
 
 AGENT, STAGING, FP8 = "kv_transfer/packed/agent.py", "kv_transfer/packed/staging.py", "kv_transfer/packed/fp8.py"
 
 Worker: Any = pull_worker.NixlPullConnectorWorker
-
-
-@pytest.mark.parametrize("name", [n for n, member in vars(PackedAgent).items() if inspect.isfunction(member)])
-def test_what_stands_in_the_agents_place_has_its_parameters(name: str) -> None:
-    if name.startswith("_") or name in ("connect", "settle"):
-        return
-    ours, theirs = (parameters(getattr(kind, name)) for kind in (PackedAgent, NixlWrapper))
-    given = [one for one in ours if one not in ("args", "kwargs")]
-    require(given == theirs[: len(given)], f"parameters of {name}", AGENT)
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,9 @@ def test_a_prefill_worker_that_dies_while_it_packs_costs_a_prefill_and_is_connec
 def test_a_prefill_worker_that_does_not_answer_costs_a_prefill_and_no_slot(
     pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(puller, "ORDER_SECONDS", 0.3)
-    monkeypatch.setattr(packer, "ORDER_SECONDS", 0.3)
-    monkeypatch.setattr(packer, "SLOT_SECONDS", 0.6)
+    monkeypatch.setattr(puller, "ORDER_SECONDS", 1.0)
+    monkeypatch.setattr(packer, "ORDER_SECONDS", 1.0)
+    monkeypatch.setattr(packer, "SLOT_SECONDS", 2.0)
     monkeypatch.setattr(packer, "_NUDGE_SECONDS", 0.1)
     both = pair()
     served = packer_of(both)
