@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from kv_transfer import checksums
+from kv_transfer import checksums, spin
 from kv_transfer.agent import make_agent
 from kv_transfer.checksum_worker import ChecksumWorker
 from kv_transfer.copies import Copies
@@ -73,6 +73,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
     """vLLM's pull worker, restricted to the requests of its own rank."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        spin.install()
         on_host = current_platform.is_cpu()
         affinity = os.sched_getaffinity(0)
         super().__init__(vllm_config, engine_id, kv_cache_config)
@@ -194,6 +195,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
                     self._lease_table.mark_ready(slot)
             else:  # it was read to its end before this worker heard that it was kept
                 self._lease_table.end(slot)
+        spin.rest(metadata.idle and bool(self._reqs_to_send) and not self._begun)
         if metadata.idle:
             self._path.settle(_IDLE_WAIT_SECONDS)
             if self._idle_pause:
