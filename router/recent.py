@@ -16,7 +16,7 @@ from router.stream_fields import CantContinue
 from router.types import JsonObject, NoContinuation
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     Decode = Callable[[list[int]], Awaitable[str]]
 
@@ -42,8 +42,11 @@ class Recent:
         Raises CantContinue if no text that the tokens may have fits to what was sent.
         """
         sent = "".join(text_of(event) for _, events in self._events for event in _parsed(events))
-        for special in self._special():
-            shown = [i for i in ids if i not in special]
+        early, silent = self._without_text()
+        # A part of a character has no text of its own either; a special token has, wherever it is asked for.
+        special = {token for token in silent if "\ufffd" not in await decode([token])}
+        for also in (set[int](), *({token} for token in early[:_MAX_EARLY])):
+            shown = [token for token in ids if token not in special | also]
             if (text := await self._fitting(prompt_ids, shown, decode, num_held, sent)) is not None:
                 return text
         raise CantContinue(NoContinuation.TEXT)
@@ -62,22 +65,19 @@ class Recent:
             fits = is_all and text[: len(text) - num_held].lstrip() == sent.lstrip()  # some decoders drop a first space
         return text if fits else None
 
-    def _special(self) -> Iterator[set[int]]:
-        """What may be the special tokens, the likeliest first; what is wrong does not fit to what was sent."""
-        yield set()
-        early: dict[int, None] = {}  # tokens that came while everything was held back
-        silent: set[int] = set()  # that changed no text afterwards: special ones, and parts of characters
+    def _without_text(self) -> tuple[list[int], set[int]]:
+        """Tokens that came while everything was held back, and those that changed no text afterwards."""
+        early: dict[int, None] = {}
+        silent: set[int] = set()
         has_begun = False
         for event in (event for events, _ in self._events for event in _parsed(events)):
-            ids = [i for choice in event.get("choices", ()) for i in choice.get("token_ids") or ()]
+            ids = [token for choice in event.get("choices", ()) for token in choice.get("token_ids") or ()]
             has_begun = has_begun or bool(text_of(event))
             if not has_begun:
                 early |= dict.fromkeys(ids)
             elif not text_of(event):
                 silent.update(ids)
-        yield from ({i} for i in silent)
-        yield silent
-        yield from (silent | {i} for i in list(early)[:_MAX_EARLY] if i not in silent)
+        return list(early), silent
 
 
 def _parsed(events: bytes) -> list[JsonObject]:
