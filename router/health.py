@@ -66,7 +66,8 @@ class EngineWatch:
             self._engine.suspected.clear()
             await self._check(is_suspected)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._engine.suspected.wait(), self._settings.health_check_interval)
+                async with asyncio.timeout(self._settings.health_check_interval):
+                    await self._engine.suspected.wait()
 
     async def _check(self, is_suspected: bool) -> None:
         engine, settings = self._engine, self._settings

@@ -121,7 +121,8 @@ class EventListener:
             try:
                 await socket.send_multipart([b"", (self._applied + 1).to_bytes(8, "big")])
                 while True:
-                    frames = await asyncio.wait_for(socket.recv_multipart(), REPLAY_TIMEOUT)
+                    async with asyncio.timeout(REPLAY_TIMEOUT):  # Python 3.11's wait_for may swallow a cancellation
+                        frames = await socket.recv_multipart()
                     number, payload = int.from_bytes(frames[-2], "big", signed=True), frames[-1]
                     if number < 0:  # the end
                         self.is_live.set()

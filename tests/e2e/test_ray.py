@@ -139,7 +139,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(model: Path, nodes: list[Hos
     wait_for(lambda: any("-m tknp prefill" in line for line in left_on(other)), START_SECONDS, "a start elsewhere")
     service.stop()
     assert service.process.returncode == 0
-    assert all_is_given_back(head, other)
+    wait_for(lambda: all_is_given_back(head, other), START_SECONDS, "everything being given back")
 
 
 def test_what_is_spread_over_nodes_gives_plain_vllm_s_tokens(
@@ -165,4 +165,4 @@ def test_the_loss_of_a_rank_ends_all_of_it(serve: Service, nodes: list[Host], lo
     assert serve.process.wait(START_SECONDS) == 1
     assert "a rank's Ray actor has died" in (log_dir / "decode-0.log").read_text()
     assert "no decode engine is left" in serve.log.read_text()
-    assert all_is_given_back(head, other)
+    wait_for(lambda: all_is_given_back(head, other), START_SECONDS, "everything being given back")
