@@ -6,9 +6,12 @@ with its checksum (kv_transfer.checksums)."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tests.e2e.processes import ENGINE_OPTIONS, Service, start_decode, tknp, wai
 from tests.e2e.suite import BLOCK, Ask, around_boundaries, completion, tokens
 from tests.soak.engines import SoakEngine
 from tknp.common.ports import free_port
+from tknp.launch.guard import descendants
 
 LEASE_SECONDS = 6
 PATIENCE = 40.0
@@ -193,6 +197,8 @@ def test_a_decode_engine_that_dies_while_it_pulls(engines: Engines) -> None:
     with ThreadPoolExecutor() as pool:
         for ask, params in zip(ASKS, offers, strict=True):
             pool.submit(engines.take, ask, params)
-        engines.decode.process.kill()
+        for pid in descendants(engines.decode.process.pid):  # not the guard, which sees to it that nothing is left
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     usage = engines.prefill.service
     wait_for(lambda: usage.metric("vllm:kv_cache_usage_perc") == 0, 2 * LEASE_SECONDS + 10, "the leases' end")
