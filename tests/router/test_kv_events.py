@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from unittest.mock import AsyncMock, patch
+from unittest.mock import AsyncMock, MagicMock, patch
 
 import orjson
 import pytest
@@ -160,6 +160,23 @@ def test_without_replay_it_begins_with_what_comes(publisher: Publisher) -> None:
             await asyncio.sleep(0.3)
             publisher.publish(block(1), KVEventBatch(time.time(), [AllBlocksCleared()]), block(0))
             await until(lambda: listener.index.match(PROMPT) == 4)
+
+    asyncio.run(run())
+
+
+def test_a_listener_ends_that_is_cancelled_just_as_something_comes() -> None:
+    async def run() -> None:
+        comes: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+        asked = asyncio.Event()
+        ask = AsyncMock(side_effect=lambda _: asked.set())
+        context, socket = MagicMock(), MagicMock(send_multipart=ask, recv_multipart=lambda: comes)
+        context.socket.return_value.__enter__.return_value = socket
+        task = asyncio.create_task(EventListener(context, EventSource("tcp://h:1", "tcp://h:2", "", 4)).run())
+        await asyncio.wait_for(asked.wait(), 20)
+        comes.set_result([b"", (2**64 - 1).to_bytes(8, "big"), b""])
+        task.cancel()
+        await asyncio.wait([task], timeout=20)
+        assert task.cancelled()
 
     asyncio.run(run())
 
