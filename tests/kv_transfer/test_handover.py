@@ -13,6 +13,7 @@ import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
 
+from kv_transfer import spin
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
 from tests.kv_transfer.pair import (
@@ -49,6 +50,18 @@ def both(llama: Path, alone: None) -> Iterator[Pair]:
     yield made
     made.decode.shutdown()
     made.prefill.shutdown()
+
+
+def test_workers_sleep_between_steps_while_there_is_nothing_but_leases(pair: Callable[..., Pair]) -> None:
+    both = pair()
+    tokens = prompt(100, 31)
+    params = both.offer(tokens)
+    both.prefill.step()
+    assert spin._is_resting
+    assert both.hand_over(tokens, params) == 1
+    both.settle()
+    both.prefill.step()
+    assert not spin._is_resting
 
 
 def test_an_engine_does_not_start_where_its_port_stays_taken(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
