@@ -101,7 +101,7 @@ def _measure(plan: Plan, setup: Setup, measured: Measured) -> None:
         setup.token_parallel_size,
         shares,
         setup.decode_context_parallel_size,
-        setup.without,
+        setup.variant,
         plan.num_tokens,
     )
     name = f"{plan.shape} {setup.name}"
@@ -209,12 +209,12 @@ def _with_ratios(rows: Sequence[Row]) -> Iterator[Row]:
 def table(rows: Sequence[Row]) -> str:
     """For people."""
     lines = [
-        f"{'shape':8} {'context':>7} {'setup':8} {'batch':>6} {'ms/step':>8} {'floor':>7} {'tokens/s':>9} {'ratio':>6}"
+        f"{'shape':8} {'context':>7} {'setup':14} {'batch':>6} {'ms/step':>8} {'floor':>7} {'tokens/s':>9} {'ratio':>6}"
     ]
     for row in rows:
         ratio = f"{row.ratio_to_best_alternative:6.2f}" if row.ratio_to_best_alternative else " " * 6
         lines.append(
-            f"{row.shape:8} {row.context:7} {row.setup:8} {row.batch:6} {row.ms_per_step:8.2f} {row.floor_ms:7.2f} "
+            f"{row.shape:8} {row.context:7} {row.setup:14} {row.batch:6} {row.ms_per_step:8.2f} {row.floor_ms:7.2f} "
             f"{row.tokens_per_second:9.0f} {ratio}"
         )
     return "\n".join(lines)
@@ -232,8 +232,8 @@ def differences(rows: Sequence[Row]) -> str:
                 f"{'':22}" if other is None else f"{other:12.2f} ({other / row.ms_per_step - 1:+6.1%})"
                 for other in without
             )
-            lines.append(f"{row.setup:8} {row.context:7} {row.batch:6} {row.ms_per_step:8.2f} {cells}")
-    heading = f"{'setup':8} {'context':>7} {'batch':>6} {'ms/step':>8} {'serial':>12} {'':9} {'piecewise':>12}"
+            lines.append(f"{row.setup:14} {row.context:7} {row.batch:6} {row.ms_per_step:8.2f} {cells}")
+    heading = f"{'setup':14} {'context':>7} {'batch':>6} {'ms/step':>8} {'serial':>12} {'':9} {'piecewise':>12}"
     return "\n".join([heading, *lines]) if lines else ""
 
 

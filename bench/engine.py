@@ -25,7 +25,7 @@ class EngineJob:
     """One engine, several batch sizes and contexts.
 
     Attributes:
-        without: see `Setup.without`.
+        variant: see `Setup.variant`.
         num_tokens: of each sequence, and so the steps of a batch.
         trace_dir: where each worker's Chrome trace of a few steps goes, of the batch and context with the most KV
             cache; none if empty.
@@ -37,7 +37,7 @@ class EngineJob:
     token_parallel_size: int
     batches: tuple[int, ...]
     decode_context_parallel_size: int = 1
-    without: str = ""
+    variant: str = ""
     num_tokens: int = 128
     trace_dir: str = ""
 
@@ -98,7 +98,8 @@ def _start(job: EngineJob) -> Any:
         tensor_parallel_size=job.tensor_parallel_size,
         decode_context_parallel_size=job.decode_context_parallel_size,
         token_parallel_size=job.token_parallel_size,
-        overlap_from=0 if job.without else None,
+        overlap_from=None if job.variant in ("", "spread") else 0,
+        token_parallel_weights="spread" if job.variant == "spread" else "root",
         max_model_len=max(job.contexts) + 512,
         max_num_seqs=max(job.batches),
         max_num_batched_tokens=16_384,
@@ -106,7 +107,7 @@ def _start(job: EngineJob) -> Any:
         # The sizes that are measured; to capture every other one takes longer than to measure.
         compilation_config={
             "cudagraph_capture_sizes": sorted({1, *job.batches}),
-            **({"cudagraph_mode": "PIECEWISE"} if job.without == "piecewise" else {}),
+            **({"cudagraph_mode": "PIECEWISE"} if job.variant == "piecewise" else {}),
         },
         enable_prefix_caching=False,
         profiler_config={

@@ -39,7 +39,7 @@ def ratios(rows: Rows) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
     """Of each shape and setup of ours: the ratio to the best alternative by (batch, context)."""
     found: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in rows:
-        if row["ratio_to_best_alternative"] is not None and not Setup.parse(row["setup"]).without:
+        if row["ratio_to_best_alternative"] is not None and Setup.parse(row["setup"]).is_whole:
             cells = found.setdefault((row["shape"], row["setup"]), {})
             cells[row["batch"], row["context"]] = row["ratio_to_best_alternative"]
     return found

@@ -1,7 +1,8 @@
 """How the GPUs of a comparison are used: `tp4`, `dp4`, `dp2tp2`, `tp4dcp2`, and ours, `t1p4` or `t2p2`. `t1p1` is plain
 vLLM on one GPU.
 
-Ours with less: `t1p4-serial` has no overlapping micro-batches, `t1p4-piecewise` no FULL CUDA graphs either.
+Ours with less: `t1p4-serial` has no overlapping micro-batches, `t1p4-piecewise` no FULL CUDA graphs either. With
+`-spread` the weights are divided among the workers of all ranks.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ class Setup:
     tensor_parallel_size: int
     token_parallel_size: int
     decode_context_parallel_size: int = 1
-    without: str = ""
-    """`serial` or `piecewise`, see above."""
+    variant: str = ""
+    """`serial`, `piecewise` or `spread`, see above."""
 
     @classmethod
     def parse(cls, name: str) -> Setup:
         """Raises ValueError for a name of another form."""
-        if ours := re.fullmatch(r"t(\d+)p(\d+)(?:-(serial|piecewise))?", name):
-            return cls(name, 1, int(ours[1]), int(ours[2]), without=ours[3] or "")
+        if ours := re.fullmatch(r"t(\d+)p(\d+)(?:-(serial|piecewise|spread))?", name):
+            return cls(name, 1, int(ours[1]), int(ours[2]), variant=ours[3] or "")
         if name and (stock := re.fullmatch(r"(?:dp(\d+))?(?:tp(\d+)(?:dcp(\d+))?)?", name)):
             return cls(name, int(stock[1] or 1), int(stock[2] or 1), 1, int(stock[3] or 1))
         raise ValueError(f"a setup is tp<N>, dp<N>, dp<N>tp<N>, tp<N>dcp<N> or t<N>p<N>, not {name!r}")
@@ -36,6 +37,11 @@ class Setup:
     @property
     def is_ours(self) -> bool:
         return self.token_parallel_size > 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out to see what it is worth."""
+        return self.variant in ("", "spread")
 
     @property
     def gpus_per_replica(self) -> int:

@@ -64,4 +64,6 @@ SHAPES = {
     "8b": Shape(32, 4096, 14336, 32, 8),
     "8b-2kv": Shape(32, 4096, 14336, 32, 2),
     "32b-2kv": Shape(61, 6144, 23040, 48, 2),  # GLM-4-32B's
+    # Half of each of its layers: two GPUs have as much to do with it as four of theirs with the whole.
+    "16b-1kv": Shape(61, 6144, 11520, 24, 1, vocab_size=64_128),
 }

@@ -52,7 +52,6 @@ class TokenParallelKVConnector(NixlPullConnector):
                 "bidirectional_kv_xfer can't be had with TokenParallelKVConnector: what decode engines keep for the "
                 "next turn is not told apart by rank, nor checked to be that turn's prompt; leave it out"
             )
-        self._tensor_parallel_size: int = vllm_config.parallel_config.tensor_parallel_size
         if role == KVConnectorRole.SCHEDULER:
             idle.install()
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
@@ -66,7 +65,8 @@ class TokenParallelKVConnector(NixlPullConnector):
 
     def get_finished_count(self) -> int | None:
         """Workers that report a request as done: those of the rank that owns it. None stands for all."""
-        return self._tensor_parallel_size if get_partition() is not None else None
+        partition = get_partition()
+        return None if partition is None else partition.num_shards
 
     def build_connector_worker_meta(self) -> TransferReport | None:
         return None if self.connector_worker is None else self.connector_worker.take_report()

@@ -99,6 +99,11 @@ class TokenParallelConnectorWorker(ChecksumWorker):
             self._warm_up if on_host else lambda *_: None,
         )
         self._place: RankPlace | None = get_place()
+        if self._place is not None:
+            # Of those that hold the same requests: an engine whose weights are spread over all ranks has more workers
+            # than its KV heads are divided among.
+            self.tp_rank = self.transfer_tp_rank = self._place.shard
+            self.world_size = self.transfer_tp_size = self._place.partition.num_shards
         self._idle_pause = _IDLE_PAUSE_SECONDS if on_host else 0.0
         self._check_patience = 0.0 if on_host else _CHECK_SECONDS
         self._reading = _OwnPull((), (), 1)

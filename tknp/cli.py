@@ -153,6 +153,13 @@ def decode(
     host: Host = "127.0.0.1",
     port: Port = 8200,
     token_parallel_size: TokenParallelSize = 1,
+    token_parallel_weights: Annotated[
+        str,
+        typer.Option(
+            help="Where the weights are: 'root', on the roots alone, which leaves the other ranks all their memory for "
+            "KV cache, or 'spread', divided among the workers of all ranks, for models with few KV heads."
+        ),
+    ] = "root",
     token_parallel_overlap_from: Annotated[
         int | None,
         typer.Option(
@@ -185,7 +192,18 @@ def decode(
         try:
             nodes = Nodes(nnodes, node_rank, master_addr, master_port) if nnodes > 1 else None
             overlap = token_parallel_overlap_from
-            run_decode(model, host, port, token_parallel_size, side_channel_port, vllm_args, overlap, kv_both, nodes)
+            run_decode(
+                model,
+                host,
+                port,
+                token_parallel_size,
+                side_channel_port,
+                vllm_args,
+                overlap,
+                kv_both,
+                nodes,
+                token_parallel_weights,
+            )
         except UnsupportedConfigurationError as error:
             _fail(str(error))
 

@@ -56,6 +56,9 @@ SHAPES = {
         initializer_range=0.02,
         extra=(("sliding_window", 64), ("query_pre_attn_scalar", 32), ("hidden_activation", "gelu_pytorch_tanh")),
     ),
+    # All query heads share few KV heads, of which tensor parallelism makes copies.
+    "multi_query": Shape("LlamaForCausalLM", "llama", num_kv_heads=1),
+    "two_kv_heads": Shape("LlamaForCausalLM", "llama", num_kv_heads=2),
     # Mixture of experts: two of four for each token.
     "mixtral": Shape("MixtralForCausalLM", "mixtral", extra=(("num_local_experts", 4), ("num_experts_per_tok", 2))),
 }

@@ -23,6 +23,7 @@ def run_decode(
     overlap_from: int | None = None,
     kv_both: bool = False,
     nodes: Nodes | None = None,
+    weights: str = "root",
 ) -> None:
     """Serves until the process is told to end. Without a prefill pool it is an ordinary OpenAI server, which prefills
     itself.
@@ -33,7 +34,7 @@ def run_decode(
         token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
         side_channel_port: see `run_prefill`; None picks a free port.
         vllm_args: further options of vLLM's server, by vLLM's names.
-        overlap_from: see `TokenParallelOptions`.
+        overlap_from, weights: see `TokenParallelOptions`.
         kv_both: whether it can prefill for others too, so that a router may change its role; without token parallelism
             it is then the same engine as `run_prefill`'s.
         nodes: the hosts of this engine, if there are several; on all but the first this process serves no HTTP.
@@ -44,7 +45,7 @@ def run_decode(
     """
     from services.decode.token_parallel.options import TokenParallelOptions
 
-    options = TokenParallelOptions(token_parallel_size, nodes=nodes, overlap_from=overlap_from)
+    options = TokenParallelOptions(token_parallel_size, nodes=nodes, overlap_from=overlap_from, weights=weights)
     num_local_ranks = token_parallel_size
     if nodes is not None:
         from services.decode.token_parallel.nodes import prepare_network
@@ -63,7 +64,7 @@ def run_decode(
         transfer += ["--worker-extension-cls", EXTENSION_OF_BOTH if kv_both else EXTENSION]
     vllm_args = [*transfer, "--enable-prompt-tokens-details", *vllm_args]
     on_ray = option_value(vllm_args, "--distributed-executor-backend") == "ray"
-    overrides = engine_args(options, additional_config, on_ray)
+    overrides = engine_args(options, additional_config, on_ray, tensor_parallel_size)
     if nodes is None or nodes.rank == 0:
         serve(model, host, port, vllm_args, overrides)
     else:

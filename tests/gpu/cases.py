@@ -33,25 +33,31 @@ _TP2 = EngineSpec("tp2", tensor_parallel_size=2)
 _FLOAT = EngineSpec("float32", dtype="float32", attention="TRITON_ATTN")
 _GEMMA = EngineSpec("gemma2", model="gemma2")
 _MOE = EngineSpec("mixtral", model="mixtral")
+_MQA = EngineSpec("multi_query", model="multi_query")
+_MQA_FLOAT = replace(_MQA, name="multi_query-float32", dtype="float32", attention="TRITON_ATTN")
+_FEW_HEADS = EngineSpec("two_kv_heads", model="two_kv_heads")
 _FP8 = EngineSpec("fp8-weights", weights="fp8")
 _W4A16 = EngineSpec("w4a16", model="llama-w4a16")
 
 
-def _ours(plain: EngineSpec, name: str, ranks: int = 2, roots: int = 1, without: str = "") -> EngineSpec:
-    return replace(plain, name=name, token_parallel_size=ranks, tensor_parallel_size=roots, without=without)
+def _ours(plain: EngineSpec, name: str, ranks: int = 2, roots: int = 1, variant: str = "") -> EngineSpec:
+    return replace(plain, name=name, token_parallel_size=ranks, tensor_parallel_size=roots, variant=variant)
 
 
 CASES = [
     Case(_ours(_TP1, "t1p2"), _TP1, overlaps=True),
-    Case(_ours(_TP1, "t1p2-serial", without="serial"), _TP1),
-    Case(_ours(_TP1, "t1p2-piecewise", without="piecewise"), _TP1),
+    Case(_ours(_TP1, "t1p2-serial", variant="serial"), _TP1),
+    Case(_ours(_TP1, "t1p2-piecewise", variant="piecewise"), _TP1),
     Case(_ours(_FLOAT, "t1p2-float32"), _FLOAT, overlaps=True),
     Case(_ours(_GEMMA, "t1p2-gemma2"), _GEMMA, overlaps=True),
     Case(_ours(_MOE, "t1p2-mixtral"), _MOE),
     Case(_ours(_FP8, "t1p2-fp8-weights"), _FP8),
     Case(_ours(_W4A16, "t1p2-w4a16"), _W4A16),
+    Case(_ours(_MQA, "t1p2-spread", variant="spread"), _MQA),
+    Case(_ours(_MQA_FLOAT, "t1p2-spread-float32", variant="spread"), _MQA_FLOAT),
+    Case(_ours(_FEW_HEADS, "t2p2-spread", roots=2, variant="spread"), _FEW_HEADS),
     Case(_ours(_TP1, "t1p4", ranks=4), _TP1, overlaps=True),
     Case(_ours(_TP2, "t2p2", roots=2), _TP2, overlaps=True),
-    Case(_ours(_TP2, "t2p2-serial", roots=2, without="serial"), _TP2),
+    Case(_ours(_TP2, "t2p2-serial", roots=2, variant="serial"), _TP2),
     Case(_ours(_FLOAT, "t2p2-float32", roots=2), _FLOAT, overlaps=True),
 ]

@@ -19,7 +19,8 @@ class EngineSpec:
     """One way to run a model.
 
     Attributes:
-        without: `serial` for no micro-batches, `piecewise` for no FULL CUDA graphs either.
+        variant: `serial` for no micro-batches, `piecewise` for no FULL CUDA graphs either, `spread` for weights on all
+            ranks.
         chunk: tokens of prompts, at most, in a step.
         attention: vLLM's backend; None leaves the choice to it.
         weights: quantisation that vLLM does when it loads.
@@ -29,7 +30,7 @@ class EngineSpec:
     model: str = "llama"
     tensor_parallel_size: int = 1
     token_parallel_size: int = 1
-    without: str = ""
+    variant: str = ""
     dtype: str = "bfloat16"
     attention: str | None = None
     weights: str | None = None
@@ -76,7 +77,7 @@ def _start(spec: EngineSpec, model: str) -> Any:
 
     ranks = spec.token_parallel_size
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": _SIZES}
-    if spec.without == "piecewise":
+    if spec.variant == "piecewise":
         graphs["cudagraph_mode"] = "PIECEWISE"
     return TokenParallelLLM(
         model,
@@ -85,7 +86,8 @@ def _start(spec: EngineSpec, model: str) -> Any:
         token_parallel_size=ranks,
         # So few that requests are preempted; the reference has room for all of them.
         blocks_per_rank=[_BLOCKS_OF_RANK] * ranks if ranks > 1 else None,
-        overlap_from=0 if spec.without else 4,
+        overlap_from=4 if spec.variant in ("", "spread") else 0,
+        token_parallel_weights="spread" if spec.variant == "spread" else "root",
         attention_backend=AttentionBackendEnum[spec.attention] if spec.attention else None,
         quantization=spec.weights,
         max_model_len=_MAX_MODEL_LEN,

@@ -17,11 +17,11 @@ def _wide(name: str) -> Shape:
     return replace(shape, initializer_range=shape.initializer_range * 3 / 4)  # as if the logits came of a narrow one
 
 
-_SHAPES = {name: _wide(name) for name in ("llama", "gemma2", "mixtral")}
+_SHAPES = {name: _wide(name) for name in ("llama", "gemma2", "mixtral", "multi_query", "two_kv_heads")}
 
 
 def make_model(directory: Path, name: str) -> Path:
-    """`llama`, `gemma2`, `mixtral`, or `llama-w4a16`: four bits a weight, in compressed-tensors' packed format."""
+    """One of `_SHAPES`, or `llama-w4a16`: four bits a weight, in compressed-tensors' packed format."""
     path = directory / name
     if name != "llama-w4a16":
         return make_tiny_model(path, _SHAPES[name])

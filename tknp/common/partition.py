@@ -19,10 +19,12 @@ class BlockPartition:
     Attributes:
         num_blocks: of each rank.
         root_work: blocks whose attention takes the root as long as what it computes while the others attend.
+        num_shards: workers of each rank, which divide the KV heads of its blocks among them.
     """
 
     num_blocks: tuple[int, ...]
     root_work: int = 0
+    num_shards: int = 1
 
     @property
     def size(self) -> int:
@@ -63,10 +65,16 @@ class BlockPartition:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a worker process stands in its engine's partition."""
+    """Where a worker process stands in its engine's partition.
+
+    Attributes:
+        rank: token-parallel rank.
+        shard: which part of the rank's KV heads it has, 0 to `partition.num_shards` - 1.
+    """
 
     rank: int
     partition: BlockPartition
+    shard: int = 0
 
     @property
     def base(self) -> int:

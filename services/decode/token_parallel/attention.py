@@ -2,7 +2,8 @@
 
 The wrapper is made of subclasses of the platform's own backend, builder and implementation, so that everything that
 vLLM asks them still holds. On the root, rows of other ranks are sent to their owners and their outputs put back in
-row order; on a KV worker the same subclasses attend to the rows that arrive.
+row order; on a KV worker the same subclasses attend to the rows that arrive. Where every rank runs the model, they
+trade query heads and outputs (spread.py).
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from services.decode.token_parallel.context import TokenParallelContext, get_context
 from services.decode.token_parallel.graphs import CapturedMetadata
 from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES
+from services.decode.token_parallel.options import UnsupportedConfigurationError
 from services.decode.token_parallel.rows import RowLayout
 from services.decode.token_parallel.splits import splitting
+from services.decode.token_parallel.spread import attend_layer
 from services.decode.token_parallel.step import RootStep
+
+_ALIBI_SLOPES = 3
+"""Their place among the arguments of vLLM's implementations after the number of heads."""
 
 
 class NoLocalRows:
@@ -120,10 +126,18 @@ def _wrap_builder(inner: type[Any]) -> type[Any]:
 
 def _wrap_impl(inner: type[Any], updates_cache_in_forward: bool) -> type[Any]:
     class TokenParallelImpl(inner):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+        def __init__(self, num_heads: int, *args: Any, **kwargs: Any) -> None:
+            context = get_context()
+            shares = 1 if context is None else context.head_shares
+            if shares > 1 and (args[_ALIBI_SLOPES] is not None or kwargs.get("sinks") is not None):
+                raise UnsupportedConfigurationError(
+                    "--token-parallel-weights spread does not take models with ALiBi or attention sinks, whose "
+                    "parameters of each head would have to travel too; use --token-parallel-weights root"
+                )
+            # Of all workers whose query heads this one attends with; the layer around it has its own ones.
+            super().__init__(num_heads * shares, *args, **kwargs)
             # KV workers make the same layer from these (layers.py).
-            self.token_parallel_args = (args, kwargs)
+            self.token_parallel_args = ((num_heads, *args), kwargs)
 
         def attend_rows(
             self,
@@ -140,9 +154,42 @@ def _wrap_impl(inner: type[Any], updates_cache_in_forward: bool) -> type[Any]:
                 query, output: `[num_rows, num_heads, head_size]`.
                 key, value: `[num_rows, num_kv_heads, head_size]`; None for a layer that reads another layer's cache.
             """
+            self.write_cache(layer, key, value, metadata)
+            self.attend(layer, query, key, value, metadata, output)
+
+        def write_cache(self, layer: Any, key: torch.Tensor | None, value: torch.Tensor | None, metadata: Any) -> None:
+            """Keys and values of the rows that have a slot."""
             if not updates_cache_in_forward and self.kv_sharing_target_layer_name is None:
                 self.do_kv_cache_update(layer, key, value, layer.kv_cache, metadata.token_parallel_slots)
+
+        def attend(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor | None,
+            value: torch.Tensor | None,
+            metadata: Any,
+            output: torch.Tensor,
+        ) -> None:
+            """As `attend_rows`, to a cache that has been written."""
             super().forward(layer, query, key, value, layer.kv_cache, metadata, output)
+
+        def _attend_alone(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor | None,
+            value: torch.Tensor | None,
+            metadata: Any,
+            output: torch.Tensor,
+        ) -> None:
+            shares = self.num_heads // query.shape[1]
+            if shares == 1:
+                self.attend_rows(layer, query, key, value, metadata, output)
+                return
+            attended = output.new_empty(output.shape[0], self.num_heads, output.shape[2])
+            self.attend_rows(layer, query.repeat(1, shares, 1), key, value, metadata, attended)
+            output.copy_(attended[:, : query.shape[1]])
 
         def forward(
             self,
@@ -163,12 +210,13 @@ def _wrap_impl(inner: type[Any], updates_cache_in_forward: bool) -> type[Any]:
                 context = get_context()
                 assert context is not None and context.graphs is not None
                 context.graphs.exchange_and_attend(self, layer, (query, key, value), attn_metadata, output)
-            elif step is None:
-                self.attend_rows(layer, query, key, value, attn_metadata, output)
+            elif step is None:  # a warm-up, of this worker alone
+                self._attend_alone(layer, query, key, value, attn_metadata, output)
             else:
                 context = get_context()
                 assert context is not None
-                _forward_by_owner(self, context, step, layer, (query, key, value), attn_metadata, output)
+                forward_layer = attend_layer if context.is_spread else _forward_by_owner
+                forward_layer(self, context, step, layer, (query, key, value), attn_metadata, output)
             return output
 
         # Fused operations would write the whole batch into the root's cache.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.decode.token_parallel.batch import Batch
-from services.decode.token_parallel.graphs import Graphs, root_tables
+from services.decode.token_parallel.graphs import Graphs
 from services.decode.token_parallel.step import RootStep
 from services.decode.token_parallel.transport import Transport
 
@@ -52,6 +52,8 @@ class TokenParallelContext:
 
     Attributes:
         rank: token-parallel rank; 0 is the root.
+        shard: which part of the KV heads this worker has.
+        is_spread: whether every rank runs the model, with a part of the weights and of the query heads.
         batch: the live requests, once the KV cache exists.
         group_of_layer: KV cache group index of each attention layer's name, in the order in which the model runs them.
         row_request_ids: on the root, the request of each row of a batch, in row order, from its
@@ -68,9 +70,16 @@ class TokenParallelContext:
     row_request_ids: Callable[[Any], list[str]] | None = None
     live: bool = False
     graphs: Graphs | None = None
+    shard: int = 0
+    is_spread: bool = False
     clock: WorkClock = field(default_factory=WorkClock)
     _step: RootStep | None = None
     _longest: list[int] | None = None
+
+    @property
+    def head_shares(self) -> int:
+        """Workers whose query heads this one attends with: all that have its KV heads, if the model is spread."""
+        return self.size if self.is_spread else 1
 
     @contextmanager
     def live_step(self) -> Iterator[None]:
@@ -94,10 +103,11 @@ class TokenParallelContext:
         return self._step
 
     def write_graph_inputs(self, common_attn_metadata: Any) -> list[int]:
-        """On the root, once per step: writes what the captured graph reads; the longest sequence of each micro-batch.
+        """Where the model runs, once per step: writes what the captured graph reads; the longest sequence of each
+        micro-batch.
 
         Raises:
-            RuntimeError: vLLM runs another graph than the KV workers expect.
+            RuntimeError: vLLM runs another graph than the other ranks expect.
         """
         if self._longest is None:
             assert self.batch is not None and self.row_request_ids is not None
@@ -105,13 +115,11 @@ class TokenParallelContext:
             step = self.graphs.step
             if common_attn_metadata.num_actual_tokens != step.size:
                 raise RuntimeError(
-                    f"vLLM pads this decode step to {common_attn_metadata.num_actual_tokens} rows where the KV workers "
+                    f"vLLM pads this decode step to {common_attn_metadata.num_actual_tokens} rows where other ranks "
                     f"expect the CUDA graph of {step.size}; start the engine with --enforce-eager and report this"
                 )
             batch_row = {request: row for row, request in enumerate(self.row_request_ids(common_attn_metadata))}
-            exchange = self.graphs.exchange
-            exchange.buffers.write(root_tables(step, exchange, self.graphs.layers_before, batch_row))
-            self._longest = self.graphs.write_own_rows(self.batch, step.rows_each)
+            self._longest = self.graphs.write_inputs(self.batch, batch_row)
         return self._longest
 
 

@@ -101,13 +101,25 @@ class StepBuffers:
 class Exchange:
     """One rank's side of the exchange; ranks are token-parallel ranks, 0 is the root."""
 
-    def __init__(self, memory: Any, rank: int, size: int, max_rows: int, row_width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        memory: Any,
+        rank: int,
+        size: int,
+        max_rows: int,
+        row_width: int,
+        dtype: torch.dtype,
+        peers: tuple[int, int] | None = None,
+    ) -> None:
         """Args:
         memory: `SymmetricMemory` of at least `num_bytes(...)`.
         max_rows: rows of a micro-batch.
         row_width: elements of the widest row of any layer, either way; a multiple of 64.
+        peers: first rank, and the one after the last, that rows come from and go to; None where those are the root's
+            KV workers, or the root of a KV worker.
         """
         self.rank, self.size, self.max_rows = rank, size, max_rows
+        self._peers = peers or ((0, 1) if rank else (1, size))
         self._row_width, self._dtype = row_width, dtype
         self._rows_bytes = max_rows * row_width * dtype.itemsize
         self._flags_at = MAX_MICRO_BATCHES * self._rows_bytes
@@ -136,20 +148,21 @@ class Exchange:
     def send(self, micro_batch: int, layer: int, layout: RowLayout, parts: tuple[torch.Tensor | None, ...]) -> None:
         """On the root: query, key and value rows of `[num_rows, heads, head_size]` to their owners."""
         query, key, value = (*parts, None, None)[:3]
-        self._put(micro_batch, layer, (query, key, value), layout.widths, (1, self.size))
+        self.put(micro_batch, layer, (query, key, value), layout.widths)
 
     def answer(self, micro_batch: int, layer: int, output: torch.Tensor) -> None:
         """On a KV worker: attention outputs `[num_rows, num_heads, head_size_v]` to the root."""
-        self._put(micro_batch, layer, (output, None, None), (output.shape[1] * output.shape[2],), (0, 1))
+        self.put(micro_batch, layer, (output, None, None), (output.shape[1] * output.shape[2],))
 
-    def _put(
-        self,
-        micro_batch: int,
-        layer: int,
-        parts: tuple[torch.Tensor | None, ...],
-        widths: tuple[int, ...],
-        ranks: tuple[int, int],
+    def put(
+        self, micro_batch: int, layer: int, parts: tuple[torch.Tensor | None, ...], widths: tuple[int, ...]
     ) -> None:
+        """Rows, whose parts lie side by side at the target, to where the step's tables say; then all peers' flags.
+
+        Args:
+            parts: up to three tensors `[num_rows, heads, head_size]`.
+            widths: elements of a row of each.
+        """
         from services.decode.token_parallel.symmetric_kernels import put_rows
 
         query = parts[0]
@@ -177,24 +190,23 @@ class Exchange:
             QUERY_WIDTH=widths[0],
             KEY_WIDTH=widths[1],
             VALUE_WIDTH=widths[2],
-            FIRST_RANK=ranks[0],
-            END_RANK=ranks[1],
+            FIRST_RANK=self._peers[0],
+            END_RANK=self._peers[1],
             MAX_RANKS=self._max_ranks,
             BLOCK=_BLOCK,
         )
 
     def wait(self, micro_batch: int, layer: int) -> None:
-        """Holds up the current stream until this layer's rows are here; on the root, of all ranks that own some."""
+        """Holds up the current stream until this layer's rows are here, of all peers that the tables name."""
         from services.decode.token_parallel.symmetric_kernels import wait_for_flags
 
-        first, end = (1, self.size) if self.rank == 0 else (0, 1)
         options = {"maxnreg": _WAIT_REGISTERS} if self._flags.is_cuda else {}
         wait_for_flags[(1,)](
             self._flags[micro_batch],
             self.tables.needed[micro_batch],
             layer,
-            FIRST_RANK=first,
-            END_RANK=end,
+            FIRST_RANK=self._peers[0],
+            END_RANK=self._peers[1],
             MAX_RANKS=self._max_ranks,
             num_warps=1,
             **options,

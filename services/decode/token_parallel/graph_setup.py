@@ -18,8 +18,12 @@ from services.decode.token_parallel.graphs import Graphs
 from services.decode.token_parallel.micro_batch import GraphSizes, overlap_threshold
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.rows import RowLayout
+from services.decode.token_parallel.spread import SpreadGraphs
 
 logger = init_logger(f"vllm.{__name__}")
+
+_ALIGNED = 64
+"""Elements of which a row on the wire has a multiple, as symmetric_kernels.put_rows wants them."""
 
 
 def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device: torch.device) -> Graphs | None:
@@ -47,14 +51,35 @@ def make_graphs(vllm_config: Any, group: Any, layers: Mapping[str, Any], device:
         return None
     dtype = vllm_config.model_config.dtype
     layouts = [RowLayout.of(layer) for layer in layers.values()]
-    width = max(max(sum(layout.widths), layout.num_heads * layout.head_size_v) for layout in layouts)
-    width = -(-width // 64) * 64  # rows begin where any vector load may begin
     limit = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     max_rows = max(1, min(limit, vllm_config.scheduler_config.max_num_seqs))
+    if TokenParallelOptions.of(vllm_config).is_spread:
+        return _make_spread_graphs(group, layouts, list(layers), max_rows, dtype, device)
+    width = max(max(sum(layout.widths), layout.num_heads * layout.head_size_v) for layout in layouts)
+    width = -(-width // _ALIGNED) * _ALIGNED  # rows begin where any vector load may begin
     num_bytes = Exchange.num_bytes(group.world_size, max_rows, width, dtype)
     memory = SymmetricMemory(group.device_group, num_bytes, device)
     exchange = Exchange(memory, group.rank_in_group, group.world_size, max_rows, width, dtype)
     return Graphs(exchange, list(layers))
+
+
+def _make_spread_graphs(
+    group: Any, layouts: list[RowLayout], names: list[str], max_rows: int, dtype: torch.dtype, device: torch.device
+) -> SpreadGraphs | None:
+    widths = {layout.num_heads * size for layout in layouts for size in (layout.head_size, layout.head_size_v)}
+    width = max(widths)
+    if len(widths) > 1 or width % _ALIGNED:
+        logger.warning(
+            "token parallelism: a rank's query heads have %s elements, which is not one multiple of %d, so they travel "
+            "over NCCL and decode steps replay no FULL CUDA graphs",
+            sorted(widths),
+            _ALIGNED,
+        )
+        return None
+    size = group.world_size
+    memory = SymmetricMemory(group.device_group, Exchange.num_bytes(size, max_rows * size, width, dtype), device)
+    exchange = Exchange(memory, group.rank_in_group, size, max_rows * size, width, dtype, peers=(0, size))
+    return SpreadGraphs(exchange, names)
 
 
 def _reach_one_another(group: Any, device: torch.device) -> bool:

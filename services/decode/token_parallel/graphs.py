@@ -96,6 +96,16 @@ class Graphs:
             own.write(batch.decode_rows(part.requests[self.exchange.rank]), rows_each)
         return [own.longest for own in written]
 
+    def write_inputs(self, batch: Batch, batch_row: dict[str, int]) -> list[int]:
+        """On the root: writes all that the step's graph reads; returns the longest sequence of each micro-batch.
+
+        Args:
+            batch_row: the row of each request in the model runner's batch.
+        """
+        assert self.step is not None
+        self.exchange.buffers.write(root_tables(self.step, self.exchange, self.layers_before, batch_row))
+        return self.write_own_rows(batch, self.step.rows_each)
+
     @property
     def layers_before(self) -> int:
         """Layers counted before this step, which flags are compared with."""

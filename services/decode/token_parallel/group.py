@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from services.decode.token_parallel.context import TokenParallelContext, set_context
-from services.decode.token_parallel.options import TokenParallelOptions
+from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.transport import GlooTransport, NcclTransport, TorchNcclTransport, Transport
 
 logger = init_logger(f"vllm.{__name__}")
@@ -19,12 +19,10 @@ logger = init_logger(f"vllm.{__name__}")
 def join_group(vllm_config: Any, local_rank: int) -> tuple[Any, TokenParallelContext]:
     """Called by every worker, after vLLM's own groups exist; returns vLLM's group and this process's new context.
 
-    Worker ranks are `token_parallel_rank * T + tensor_parallel_rank`; a group holds one worker of each token-parallel
-    rank.
+    A group holds one worker of each token-parallel rank, all with the same KV heads.
     """
-    size = TokenParallelOptions.of(vllm_config).size
-    world_size = vllm_config.parallel_config.world_size
-    groups = torch.arange(world_size).reshape(size, world_size // size).T.tolist()
+    grid = WorkerGrid.of(vllm_config)
+    groups = grid.by_shard(range(grid.num_workers))
     on_host = current_platform.is_cpu()
     group = init_model_parallel_group(
         groups,
@@ -38,8 +36,11 @@ def join_group(vllm_config: Any, local_rank: int) -> tuple[Any, TokenParallelCon
         transport = GlooTransport(group.cpu_group, group.ranks)
     else:
         transport = _nccl_transport(group)
-        _meet(transport, group.rank_in_group, size)
-    context = TokenParallelContext(rank=group.rank_in_group, size=size, transport=transport)
+        _meet(transport, group.rank_in_group, grid)
+    _, shard = grid.place(torch.distributed.get_rank())
+    context = TokenParallelContext(
+        rank=group.rank_in_group, size=grid.num_ranks, transport=transport, shard=shard, is_spread=grid.is_spread
+    )
     set_context(context)
     return group, context
 
@@ -56,12 +57,14 @@ def _nccl_transport(group: Any) -> Transport:
     return TorchNcclTransport(group.device_group, group.ranks)
 
 
-def _meet(transport: Transport, rank: int, size: int) -> None:
-    """Lets root and KV workers exchange a word both ways, because NCCL connects at the first transfer, which is
-    slow."""
-    others = range(1, size) if rank == 0 else (0,)
-    words = [(torch.zeros(1, device="cuda"), other) for other in others]
-    if rank == 0:
+def _meet(transport: Transport, rank: int, grid: WorkerGrid) -> None:
+    """Lets those who will exchange rows exchange a word both ways, because NCCL connects at the first transfer, which
+    is slow."""
+    everybody = [other for other in range(grid.num_ranks) if other != rank]
+    words = [(torch.zeros(1, device="cuda"), other) for other in (everybody if grid.is_spread or not rank else (0,))]
+    if grid.is_spread:
+        transport.wait(transport.start(sends=words, recvs=[(word.clone(), other) for word, other in words]))
+    elif rank == 0:
         transport.wait(transport.start(sends=words))
         transport.wait(transport.start(recvs=words))
     else:

@@ -105,7 +105,7 @@ class KVWorker(KVPeerWorker, WorkerBase):
             self._make_cache(kv_cache_config)
 
     def _make_cache(self, kv_cache_config: Any) -> None:
-        place = RankPlace(self.context.rank, kv_cache_config.token_parallel_partition)
+        place = RankPlace(self.context.rank, kv_cache_config.token_parallel_partition, self.context.shard)
         set_place(place)
         self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         if kv_cache_config.kv_cache_layout is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from vllm import LLM
 
 from services.decode.token_parallel.engine_args import engine_args
-from services.decode.token_parallel.options import TokenParallelOptions
+from services.decode.token_parallel.options import ON_ROOTS, TokenParallelOptions
 
 
 class TokenParallelLLM(LLM):
@@ -25,19 +25,23 @@ class TokenParallelLLM(LLM):
         token_parallel_size: int = 1,
         blocks_per_rank: Sequence[int] | None = None,
         overlap_from: int | None = None,
+        token_parallel_weights: str = ON_ROOTS,
         **kwargs: Any,
     ) -> None:
         """Args:
         token_parallel_size: number of token-parallel ranks; 1 is plain vLLM.
-        blocks_per_rank, overlap_from: see `TokenParallelOptions`.
+        blocks_per_rank, overlap_from, token_parallel_weights: see `TokenParallelOptions`.
         kwargs: vLLM's own.
 
         Raises:
             UnsupportedConfigurationError: something in `kwargs` cannot be combined with token parallelism.
         """
         blocks = tuple(blocks_per_rank) if blocks_per_rank else None
-        options = TokenParallelOptions(token_parallel_size, blocks, overlap_from)
-        super().__init__(model=model, **{**kwargs, **engine_args(options, kwargs.get("additional_config"))})
+        options = TokenParallelOptions(token_parallel_size, blocks, overlap_from, weights=token_parallel_weights)
+        ours = engine_args(
+            options, kwargs.get("additional_config"), tensor_parallel_size=kwargs.get("tensor_parallel_size", 1)
+        )
+        super().__init__(model=model, **{**kwargs, **ours})
 
     def token_parallel_status(self) -> list[dict[str, Any]]:
         """What each worker reports: rank, KV blocks in all and free, requests, bytes of parameters and of KV cache."""

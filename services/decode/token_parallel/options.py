@@ -10,6 +10,9 @@ from typing import Any
 CONFIG_KEY = "token_parallel"
 
 
+ON_ROOTS, SPREAD = WEIGHTS = ("root", "spread")
+"""Where the weights are: on T of the T x P workers, or divided among all of them."""
+
 TESTED_WEIGHTS = (None, "fp8", "compressed-tensors")
 """vLLM's names of quantisation methods: tests/gpu and tests/e2e hold the tokens of these equal to plain vLLM's."""
 
@@ -51,16 +54,27 @@ class TokenParallelOptions:
         overlap_from: rows from which a decode step on GPUs runs in two micro-batches, so that the root computes matrix
             products while the others attend; 0 is never, None where it should pay (micro_batch.overlap_threshold).
         nodes: the hosts that the ranks are spread over; None where there is only one, or Ray places them.
+        weights: `root`, on the root workers alone, or `spread`, over the workers of all ranks.
     """
 
     size: int = 1
     blocks_per_rank: tuple[int, ...] | None = None
     overlap_from: int | None = None
     nodes: Nodes | None = None
+    weights: str = ON_ROOTS
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UnsupportedConfigurationError(f"--token-parallel-size is {self.size}; it must be at least 1")
+        if self.weights not in WEIGHTS:
+            raise UnsupportedConfigurationError(
+                f"--token-parallel-weights is {self.weights!r}; it is one of {', '.join(WEIGHTS)}"
+            )
+        if self.is_spread and self.nodes is not None:
+            raise UnsupportedConfigurationError(
+                f"--token-parallel-weights spread needs one machine, but --nnodes is {self.nodes.count}; weights on "
+                "the roots alone (--token-parallel-weights root) don't"
+            )
         if self.blocks_per_rank is not None and len(self.blocks_per_rank) != self.size:
             raise UnsupportedConfigurationError(
                 f"blocks_per_rank names {len(self.blocks_per_rank)} ranks, but --token-parallel-size is {self.size}"
@@ -70,6 +84,11 @@ class TokenParallelOptions:
                 f"--nnodes is {self.nodes.count}, but every host gets as many token-parallel ranks as the others and "
                 f"--token-parallel-size is {self.size}; make it a multiple"
             )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether every worker has a part of the weights; with one rank it is all the same."""
+        return self.weights == SPREAD and self.size > 1
 
     @classmethod
     def of(cls, vllm_config: Any) -> TokenParallelOptions:
@@ -84,6 +103,7 @@ class TokenParallelOptions:
             blocks_per_rank=tuple(blocks) if blocks else None,
             overlap_from=given.get("overlap_from"),
             nodes=Nodes(**nodes) if nodes else None,
+            weights=given.get("weights", ON_ROOTS),
         )
 
     def as_config(self) -> dict[str, Any]:
@@ -95,6 +115,8 @@ class TokenParallelOptions:
             config["overlap_from"] = self.overlap_from
         if self.nodes is not None:
             config["nodes"] = asdict(self.nodes)
+        if self.weights != ON_ROOTS:
+            config["weights"] = self.weights
         return {CONFIG_KEY: config}
 
 
@@ -109,6 +131,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
 
 def _reasons(vllm_config: Any) -> dict[str, bool]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    options = TokenParallelOptions.of(vllm_config)
+    num_shards, num_kv_heads = parallel.tensor_parallel_size // options.size, model.get_total_num_kv_heads()
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     return {
         "decode context parallelism (--decode-context-parallel-size > 1)": parallel.decode_context_parallel_size > 1,
@@ -141,6 +165,13 @@ def _reasons(vllm_config: Any) -> dict[str, bool]:
         "KV cache offloading (--kv-offloading-size)": bool(cache.kv_offloading_size),
         "a quantised KV cache (--kv-cache-dtype) on GPUs, whose queries are quantised before they travel": (
             cache.cache_dtype.startswith(("fp8", "int8", "nvfp4")) and vllm_config.device_config.device_type != "cpu"
+        ),
+        f"--token-parallel-weights spread with --tensor-parallel-size {num_shards}, no multiple of the model's "
+        f"{num_kv_heads} KV heads (tensor parallelism alone divides those)": (
+            options.is_spread and num_shards % num_kv_heads != 0
+        ),
+        "--token-parallel-weights spread with a quantised KV cache (--kv-cache-dtype)": (
+            options.is_spread and cache.cache_dtype.startswith(("fp8", "int8", "nvfp4"))
         ),
         "host-resident sparse attention": vllm_config.attention_config.hisparse_config is not None,
         "reference sliding-window attention": model.rswa_window is not None,

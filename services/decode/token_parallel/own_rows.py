@@ -18,7 +18,8 @@ class DecodeRows:
     Attributes:
         seq_lens: int32 `[num_rows]`, this row included.
         block_tables: per KV cache group, int32 `[num_rows, max_blocks]`, local ids.
-        slots: per KV cache group, int64 `[num_rows]`, where the row's key and value go.
+        slots: per KV cache group, int64, where each row's key and value go, in the order in which those come; -1 is
+            nowhere.
     """
 
     seq_lens: npt.NDArray[np.int32]
@@ -56,7 +57,7 @@ class OwnRows:
             if count:
                 _copy(table, self._tables[group][:count])
             padded = np.full(num_rows, -1, np.int64)
-            padded[:count] = slots
+            padded[: len(slots)] = slots
             _copy(padded, self._slots[group][:num_rows])
 
     @property

@@ -1,8 +1,7 @@
 """What vLLM's executors must do differently where T tensor-parallel x P token-parallel workers look like T to vLLM.
 
-Worker `rank = token_parallel_rank * T + tensor_parallel_rank`. vLLM itself believes in the T workers of the root: it
-hears only their specs and tokens, and the sum of all ranks' memory. How the workers are started is left to the class
-that this is put in front of.
+vLLM itself believes in the workers with weights (grid.py): it hears only their specs and tokens, and the sum of all
+ranks' memory. How the workers are started is left to the class that this is put in front of.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from services.decode.token_parallel.engine_state import get_engine_state
 from services.decode.token_parallel.graph_setup import leave_out_fusion
+from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.options import TokenParallelOptions, refuse_unsupported
 from services.decode.token_parallel.pace import root_work_in_blocks
 from tknp.common.partition import BlockPartition, get_partition, set_partition
@@ -36,9 +36,9 @@ class RanksAsOne(MultiprocExecutor):
         refuse_unsupported(self.vllm_config)
         self._options = TokenParallelOptions.of(self.vllm_config)
         leave_out_fusion(self.vllm_config)
-        self._num_root_workers: int = self.parallel_config.world_size
+        self._grid = WorkerGrid.of(self.vllm_config)
         # Workers size their torch.distributed world, and vLLM its queues, by this; the engine core reads it no more.
-        self.parallel_config.world_size = self._num_root_workers * self._options.size
+        self.parallel_config.world_size = self._grid.num_workers
         self._start_workers()
 
     def _start_workers(self) -> None:
@@ -47,34 +47,35 @@ class RanksAsOne(MultiprocExecutor):
     def _get_parallel_sizes(self) -> tuple[int, int, int]:
         tensor, pipeline, prefill_context = super()._get_parallel_sizes()
         # vLLM only multiplies the three and compares with the world size.
-        return tensor, pipeline * self._options.size, prefill_context
+        return tensor, pipeline * (self._grid.num_workers // self._grid.num_known), prefill_context
 
     def _get_output_rank(self) -> int:
         return 0
 
     def _describe(self, rank: int) -> str:
-        token_parallel_rank, tensor_parallel_rank = divmod(rank, self._num_root_workers)
-        role = "root" if token_parallel_rank == 0 else "KV worker"
-        return f"{role} of token-parallel rank {token_parallel_rank}, tensor-parallel rank {tensor_parallel_rank}"
+        token_parallel_rank, shard = self._grid.place(rank)
+        role = "worker" if self._grid.is_spread else "KV worker" if token_parallel_rank else "root"
+        return f"{role} of token-parallel rank {token_parallel_rank}, tensor-parallel rank {shard}"
 
     # -- what the engine core asks at start: P ranks look like one --
 
     def get_kv_cache_specs(self) -> list[Any]:
-        return list(super().get_kv_cache_specs()[: self._num_root_workers])
+        return list(super().get_kv_cache_specs()[: self._grid.num_known])
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        return list(super().get_supported_kv_cache_layouts()[: self._num_root_workers])
+        return list(super().get_supported_kv_cache_layouts()[: self._grid.num_known])
 
     def determine_available_memory(self) -> list[int]:
-        """Bytes for KV cache of each root worker together with its KV workers."""
-        available = super().determine_available_memory()
-        self._available = [available[i :: self._num_root_workers] for i in range(self._num_root_workers)]
-        return [sum(ranks) for ranks in self._available]
+        """Bytes for KV cache of each worker that vLLM knows, together with those that have the same KV heads."""
+        self._available = self._grid.by_shard(super().determine_available_memory())
+        return [sum(self._available[self._grid.place(worker)[1]]) for worker in range(self._grid.num_known)]
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         """Divides the blocks that the engine core planned for the sum of the ranks."""
-        bytes_per_block = [c.kv_cache_tensors[0].size // c.num_blocks for c in kv_cache_configs]
-        partition = self._divide(kv_cache_configs[0].num_blocks, bytes_per_block)
+        grid = self._grid
+        of_shard = [known[0] for known in grid.by_shard(kv_cache_configs)]
+        bytes_per_block = [c.kv_cache_tensors[0].size // c.num_blocks for c in of_shard]
+        partition = self._divide(of_shard[0].num_blocks, bytes_per_block)
         # One request must fit on at least one rank, or it would wait for ever.
         largest = copy.copy(kv_cache_configs[0])
         largest.num_blocks = max(partition.num_blocks) - 1
@@ -88,9 +89,8 @@ class RanksAsOne(MultiprocExecutor):
             )
         set_partition(partition)
         plans = [
-            self._plan(config, blocks, bytes_per_block[i])
-            for blocks in partition.num_blocks
-            for i, config in enumerate(kv_cache_configs)
+            self._plan(of_shard[shard], partition.num_blocks[rank], bytes_per_block[shard])
+            for rank, shard in map(grid.place, range(grid.num_workers))
         ]
         for plan in plans:
             plan.token_parallel_partition = partition
@@ -102,7 +102,7 @@ class RanksAsOne(MultiprocExecutor):
         # The scheduler is made after this.
         partition = get_partition()
         paces = super().collective_rpc("token_parallel_pace")
-        dense, per_block = paces[0], [pace for pace in paces[self._num_root_workers :] if pace is not None]
+        dense, per_block = paces[0], [pace for pace in paces[self._grid.num_known :] if pace is not None]
         if partition is not None and dense is not None and per_block:
             work = root_work_in_blocks(dense, per_block)
             set_partition(dataclasses.replace(partition, root_work=work))
@@ -127,7 +127,7 @@ class RanksAsOne(MultiprocExecutor):
                 f"the token-parallel ranks are to have {list(wanted)} KV blocks, at least 2 each, but their memory "
                 f"holds {room}; give a rank more memory or ask for fewer blocks"
             )
-        return BlockPartition(wanted)
+        return BlockPartition(wanted, num_shards=self._grid.num_shards)
 
     def _plan(self, config: Any, num_blocks: int, bytes_per_block: int) -> Any:
         """`config` for a worker with `num_blocks`: vLLM's planner lays the layers out for the smaller size."""

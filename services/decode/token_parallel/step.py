@@ -1,4 +1,4 @@
-"""One step of the root: which rows of the batch belong to which rank."""
+"""One step of a worker that runs the model: which rows of the batch belong to which rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RootStep:
     Attributes:
         rows: for each rank the row numbers of the batch that it owns, int64 `[num_rows_of_rank]`, in the order in which
             both sides expect them.
-        local_metadata: per KV cache group, the metadata of the root's own rows; empty if it has none in this step.
+        local_metadata: per KV cache group, the metadata of this rank's own rows; empty if it has none in this step.
     """
 
     rows: list[torch.Tensor]
@@ -42,7 +42,8 @@ class RootStep:
         for request_ids in by_rank:
             spans = [np.arange(starts[i], starts[i + 1]) for i in map(place_in_batch.__getitem__, request_ids)]
             rows.append(batch.to_index(np.concatenate(spans).astype(np.int64) if spans else np.zeros(0, np.int64)))
-        local_metadata = batch.attention_metadata(by_rank[0]) if by_rank[0] else []
+        own = by_rank[batch.place.rank]
+        local_metadata = batch.attention_metadata(own) if own else []
         return cls(rows, local_metadata, layer_names)
 
     def enter_layer(self, name: str) -> None:

@@ -11,6 +11,8 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from services.decode.token_parallel.batch import Batch, max_blocks
 from services.decode.token_parallel.context import TokenParallelContext
 from services.decode.token_parallel.graph_setup import captured_sizes, make_graph_model, make_graphs
+from services.decode.token_parallel.graphs import Graphs
+from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
@@ -26,17 +28,18 @@ else:
 
 
 class TokenParallelWorker:
-    """Makes a `RootWorker` for the first T ranks and a `KVWorker` for the others: vLLM takes one class for all of
-    them."""
+    """Makes a `KVWorker` where there are to be no weights, and else a `RootWorker` or a `SpreadWorker`: vLLM takes one
+    class for all of them."""
 
     def __new__(cls, vllm_config: Any, local_rank: int, rank: int, *args: Any, **kwargs: Any) -> Any:
-        num_root_workers = vllm_config.parallel_config.tensor_parallel_size
-        chosen = RootWorker if rank < num_root_workers else KVWorker
+        grid = WorkerGrid.of(vllm_config)
+        with_model = SpreadWorker if grid.is_spread else RootWorker
+        chosen = with_model if rank < grid.num_known else KVWorker
         return chosen(vllm_config, local_rank, rank, *args, **kwargs)
 
 
-class RootWorker(KVPeerWorker, PlatformWorker):
-    """vLLM's own worker, whose attention layers send the rows of other ranks' requests to them."""
+class ModelWorker(KVPeerWorker, PlatformWorker):
+    """vLLM's own worker, with attention layers that know that not all requests live on this rank."""
 
     context: TokenParallelContext
 
@@ -44,29 +47,16 @@ class RootWorker(KVPeerWorker, PlatformWorker):
         super().init_device()
         self._group, self.context = join_group(self.vllm_config, self.local_rank)
 
-    def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
-        self._group.broadcast_object(describe_layers(self.vllm_config), src=0)
+    def _make_graphs(self) -> Graphs | None:
         layers = attention_layers(self.vllm_config)
-        graphs = self.context.graphs = make_graphs(self.vllm_config, self._group, layers, self.device)
-        if graphs is not None:
-            self.model_runner.model = make_graph_model(self.vllm_config, self.model_runner.model, graphs, layers)
+        self.context.graphs = make_graphs(self.vllm_config, self._group, layers, self.device)
+        return self.context.graphs
 
     def determine_available_memory(self) -> int:
         if self.context.graphs is not None:
             # vLLM captures some graphs here, to see what memory they take, before the KV cache exists.
             self._know_groups(get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec()))
         return int(super().determine_available_memory())
-
-    def token_parallel_pace(self) -> float | None:
-        """Seconds of a decode step in which this root does not attend, of the largest batch that runs in micro-batches;
-        None if none does, since the others then wait for it anyway."""
-        graphs = self.context.graphs
-        if graphs is None or not graphs.sizes.sizes or graphs.sizes.num_micro_batches(graphs.sizes.sizes[-1]) == 1:
-            return None
-        captured = self.model_runner.cudagraph_manager.graphs
-        largest = max(captured, key=lambda descriptor: descriptor.num_tokens)
-        return seconds_of(captured[largest].replay)  # nobody owns a row yet
 
     def _know_groups(self, groups: list[Any]) -> None:
         block_sizes = [group.kv_cache_spec.block_size for group in groups]
@@ -79,7 +69,7 @@ class RootWorker(KVPeerWorker, PlatformWorker):
             self.context.graphs.allocate(max_blocks(block_sizes, self.model_config.max_model_len), self.device)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        place = RankPlace(self.context.rank, kv_cache_config.token_parallel_partition)
+        place = RankPlace(self.context.rank, kv_cache_config.token_parallel_partition, self.context.shard)
         set_place(place)
         groups = kv_cache_config.kv_cache_groups
         self._know_groups(groups)
@@ -107,10 +97,8 @@ class RootWorker(KVPeerWorker, PlatformWorker):
             times = super().compile_or_warm_up_model()
         finally:
             self._warming_up = False
-        if self.context.graphs is not None:
-            graphs = self.context.graphs
-            sizes = captured_sizes(self.model_runner.cudagraph_manager, graphs.sizes.overlap_from)
-            graphs.sizes = self._group.broadcast_object(sizes, src=0)
+        if (graphs := self.context.graphs) is not None:
+            graphs.sizes = captured_sizes(self.model_runner.cudagraph_manager, graphs.sizes.overlap_from)
         return times
 
     _warming_up = False
@@ -127,12 +115,14 @@ class RootWorker(KVPeerWorker, PlatformWorker):
             return super().execute_model(scheduler_output)
 
     def _own_block_work(self, scheduler_output: Any) -> Any:
-        """Leaves out the blocks to zero that lie on other ranks: their ids are past the end of this rank's cache."""
+        """Leaves out the blocks to zero that lie on other ranks."""
         to_zero = scheduler_output.new_block_ids_to_zero
         if not to_zero:
             return scheduler_output
-        num_blocks = self.cache_config.num_gpu_blocks
-        return dataclasses.replace(scheduler_output, new_block_ids_to_zero=[i for i in to_zero if i < num_blocks])
+        assert self.context.batch is not None
+        place = self.context.batch.place
+        own = [i - place.base for i in to_zero if place.partition.rank_of(i) == place.rank]
+        return dataclasses.replace(scheduler_output, new_block_ids_to_zero=own)
 
     def token_parallel_status(self) -> dict[str, Any]:
         """This worker's part of `GET /token_parallel`."""
@@ -143,3 +133,42 @@ class RootWorker(KVPeerWorker, PlatformWorker):
     def token_parallel_blocks(self) -> dict[str, Any]:
         """See `KVWorker.token_parallel_blocks`."""
         return block_report(self.context, attention_layers(self.vllm_config))
+
+
+class RootWorker(ModelWorker):
+    """Has the whole model of its tensor-parallel rank, and sends the rows of other ranks' requests to KV workers."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        self._group.broadcast_object(describe_layers(self.vllm_config), src=0)
+        if (graphs := self._make_graphs()) is not None:
+            layers = attention_layers(self.vllm_config)
+            self.model_runner.model = make_graph_model(self.vllm_config, self.model_runner.model, graphs, layers)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if (graphs := self.context.graphs) is not None:
+            self._group.broadcast_object(graphs.sizes, src=0)
+        return times
+
+    def token_parallel_pace(self) -> float | None:
+        """Seconds of a decode step in which this root does not attend, of the largest batch that runs in micro-batches;
+        None if none does, since the others then wait for it anyway."""
+        graphs = self.context.graphs
+        if graphs is None or not graphs.sizes.sizes or graphs.sizes.num_micro_batches(graphs.sizes.sizes[-1]) == 1:
+            return None
+        captured = self.model_runner.cudagraph_manager.graphs
+        largest = max(captured, key=lambda descriptor: descriptor.num_tokens)
+        return seconds_of(captured[largest].replay)  # nobody owns a row yet
+
+
+class SpreadWorker(ModelWorker):
+    """Has a part of the model, as all others do, and trades query heads and outputs with those that have its KV heads
+    (spread.py)."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        self._make_graphs()
+
+    def token_parallel_pace(self) -> None:
+        """All ranks compute the same, so placement has nothing to make up for."""

@@ -1,4 +1,4 @@
-"""Run by test_exchange.py: a root and two KV workers exchange the rows of some steps over host memory."""
+"""Run by test_exchange.py: three ranks exchange the rows of some steps over host memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from services.decode.token_parallel.exchange import Exchange
 from services.decode.token_parallel.graphs import Graphs, GraphStep, root_tables, worker_tables
 from services.decode.token_parallel.micro_batch import MicroBatch, divide
 from services.decode.token_parallel.rows import RowLayout
+from services.decode.token_parallel.spread import SpreadGraphs, spread_tables
 
 SIZE, MAX_ROWS, STEP_ROWS, LAYERS = 3, 8, 8, ("first", "second")
 LAYOUT = RowLayout(num_heads=4, num_kv_heads=2, head_size=32, head_size_v=32, shares_cache=False)
 WIDTH = sum(LAYOUT.widths)
+HEADS_WIDTH = 2 * 32  # of each worker's part of the query heads
 
 
 class HostMemory:
@@ -80,12 +82,56 @@ def run_step(ranks: list[Graphs], owners: list[list[str]], parts: int) -> None:
     assert torch.equal(found[: len(requests)], attend(query, key)[: len(requests)])
 
 
+class Heads:
+    """Stands for attention over all workers' query heads."""
+
+    def attend(
+        self, layer: None, query: torch.Tensor, key: None, value: None, num_own: int, output: torch.Tensor
+    ) -> None:
+        output[:num_own] = query[:num_own] * 2
+        output[num_own:] = torch.nan
+
+
+def make_spread_ranks() -> list[SpreadGraphs]:
+    size = Exchange.num_bytes(SIZE, MAX_ROWS * SIZE, HEADS_WIDTH, torch.float32)
+    memories = [HostMemory(size) for _ in range(SIZE)]
+    for memory in memories:
+        memory.addresses = [other.own.data_ptr() for other in memories]
+    rows = (MAX_ROWS * SIZE, HEADS_WIDTH, torch.float32)
+    return [SpreadGraphs(Exchange(memories[r], r, SIZE, *rows, peers=(0, SIZE)), LAYERS) for r in range(SIZE)]
+
+
+def run_spread_step(ranks: list[SpreadGraphs], owners: list[list[str]]) -> None:
+    requests = [request for rank in owners for request in rank]
+    random.Random(len(requests)).shuffle(requests)
+    batch_row = {request: row for row, request in enumerate(requests)}
+    of_rank = tuple(map(tuple, owners))
+    for graphs in ranks:
+        graphs.exchange.num_steps += 1
+        tables = spread_tables(of_rank, graphs.exchange, graphs.layers_before, batch_row)
+        graphs.exchange.buffers.write(tables)
+    for layer in range(len(LAYERS)):
+        queries = [torch.randn(STEP_ROWS, 2, 32) for _ in ranks]
+        outputs = [torch.full_like(query, torch.nan) for query in queries]
+        for graphs, query in zip(ranks, queries, strict=True):
+            graphs.send_queries(layer, query)
+        for graphs, query, own in zip(ranks, queries, owners, strict=True):
+            graphs.attend_own(layer, Heads(), None, (query, None, None), len(own), query)
+        for graphs, query, output in zip(ranks, queries, outputs, strict=True):
+            graphs.take_outputs(layer, output)
+            assert torch.equal(output[: len(requests)], query[: len(requests)] * 2)
+
+
 def main() -> None:
+    spread = make_spread_ranks()
+    run_spread_step(spread, [["a", "b"], ["c", "d", "e"], ["f"]])
+    run_spread_step(spread, [[], ["c", "d", "e", "g", "h"], ["f"]])
+    run_spread_step(spread, [list("abcdefgh"), [], []])
     ranks = make_ranks()
     run_step(ranks, [["a", "b"], ["c", "d", "e"], ["f"]], parts=2)
     run_step(ranks, [[], ["c", "d", "e", "g", "h"], ["f"]], parts=1)
     run_step(ranks, [["a"], [], ["f", "i"]], parts=2)  # rank 1 takes no part
-    print(f"3 steps of {len(LAYERS)} layers")
+    print(f"3 + 3 steps of {len(LAYERS)} layers")
 
 
 if __name__ == "__main__":
