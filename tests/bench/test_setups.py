@@ -15,6 +15,7 @@ from bench.shapes import SHAPES
         ("tp4dcp2", Setup("tp4dcp2", 1, 4, 1, 2)),
         ("t1p4", Setup("t1p4", 1, 1, 4)),
         ("t1p4-serial", Setup("t1p4-serial", 1, 1, 4, variant="serial")),
+        ("t2p2-spread", Setup("t2p2-spread", 1, 2, 2, variant="spread")),
         ("t1p4-piecewise", Setup("t1p4-piecewise", 1, 1, 4, variant="piecewise")),
         ("t2p2", Setup("t2p2", 1, 2, 2)),
         ("t1p3", Setup("t1p3", 1, 1, 3)),

@@ -69,6 +69,16 @@ def plain_streams(llama_answers: PlainAnswers) -> list[Streamed]:
 
 
 @pytest.fixture(scope="session")
+def plain_few_heads(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """Plain vLLM's answers for a Llama with two KV heads."""
+    from tests.e2e import expected
+
+    known = PlainAnswers()
+    known.learn(models("two_kv_heads"), expected.few_heads(), tmp_path_factory.mktemp("plain-few-heads"))
+    return lambda asks: known.expect(models("two_kv_heads"), asks)
+
+
+@pytest.fixture(scope="session")
 def plain_gemma(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Expected]:
     """Plain vLLM's answers for the Gemma-2 model."""
     from tests.e2e import expected

@@ -114,8 +114,15 @@ def left_on(host: Host) -> list[str]:
     return [line for line in processes_on(host).values() if any(name in line for name in names)]
 
 
-def all_is_given_back(head: Host, other: Host) -> bool:
-    return not left_on(head) + left_on(other) and free_gpus(head) == sum(NUM_GPUS)
+def wait_until_all_is_given_back(head: Host, other: Host) -> None:
+    def is_given_back() -> bool:
+        return not left_on(head) + left_on(other) and free_gpus(head) == sum(NUM_GPUS)
+
+    try:
+        wait_for(is_given_back, START_SECONDS, "everything being given back")
+    except TimeoutError as error:
+        left = [f"{host.name}: {line[:200]}" for host in (head, other) for line in left_on(host)]
+        raise TimeoutError("\n".join([str(error), f"free GPUs: {free_gpus(head)} of {sum(NUM_GPUS)}", *left])) from None
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +146,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(model: Path, nodes: list[Hos
     wait_for(lambda: any("-m tknp prefill" in line for line in left_on(other)), START_SECONDS, "a start elsewhere")
     service.stop()
     assert service.process.returncode == 0
-    wait_for(lambda: all_is_given_back(head, other), START_SECONDS, "everything being given back")
+    wait_until_all_is_given_back(head, other)
 
 
 def test_what_is_spread_over_nodes_gives_plain_vllm_s_tokens(
@@ -165,4 +172,4 @@ def test_the_loss_of_a_rank_ends_all_of_it(serve: Service, nodes: list[Host], lo
     assert serve.process.wait(START_SECONDS) == 1
     assert "a rank's Ray actor has died" in (log_dir / "decode-0.log").read_text()
     assert "no decode engine is left" in serve.log.read_text()
-    wait_for(lambda: all_is_given_back(head, other), START_SECONDS, "everything being given back")
+    wait_until_all_is_given_back(head, other)

@@ -63,6 +63,25 @@ def test_prefill_on_one_gpu_decode_on_two_by_two(models: Models, log_dir: Path, 
         stack.wait_idle()
 
 
+def test_weights_spread_over_two_by_two(models: Models, log_dir: Path, plain_few_heads: Expected) -> None:
+    model = models("two_kv_heads")
+    options = ("--tensor-parallel-size", "2", "--token-parallel-weights", "spread", "--num-gpu-blocks-override", "68")
+    decode = start_decode(model, log_dir, 2, *options)
+    with running(start_prefill(model, log_dir), decode, log_dir) as stack:
+        for asks, at_once in (
+            (around_boundaries(seed=1), 2),
+            (crowd(seed=2)[:12], 12),
+            (expected.long_answers(), 9),
+        ):
+            assert answers(stack.router, asks, at_once) == plain_few_heads(asks)
+        ranks = stack.ranks()
+        assert [rank["rank"] for rank in ranks] == [0, 1, 0, 1], "workers with the same KV head are neighbours"
+        assert len({rank["parameter_bytes"] for rank in ranks}) == 1, "each has a quarter of the weights"
+        assert all(rank["kv_bytes_received"] for rank in ranks)
+        assert stack.decode.metric("vllm:num_preemptions_total") > 0, "the pools are too large"
+        stack.wait_idle()
+
+
 def test_prefill_on_two_decode_on_one_by_two(models: Models, log_dir: Path, plain_llama: Expected) -> None:
     model = models("llama")
     prefill = start_prefill(model, log_dir, "--tensor-parallel-size", "2")

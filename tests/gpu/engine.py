@@ -100,6 +100,7 @@ def _start(spec: EngineSpec, model: str) -> Any:
         compilation_config=graphs,
         enable_prefix_caching=True,
         logprobs_mode="raw_logits",
+        skip_tokenizer_init=True,
         disable_log_stats=False,
     )
 

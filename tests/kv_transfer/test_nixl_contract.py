@@ -209,3 +209,8 @@ def test_a_lost_connection_is_known_by_this_exception_where_failures_are_handled
         handled = source(method).partition("except Exception")[2]
         require("self._handle_failed_transfer(" in handled, f"who handles failures in {method.__name__}", WORKER)
     require(parameters(Worker._mark_remote_engine_invalid) == ["engine_id", "now"], "its parameters", WORKER)
+
+
+def test_which_heads_a_worker_pulls_is_what_these_say_when_the_kv_caches_are_registered() -> None:
+    made = source(base_worker.NixlBaseConnectorWorker.register_kv_caches)
+    require("tp_rank=self.transfer_tp_rank, tp_size=self.transfer_tp_size," in made, "who a worker is", WORKER)

@@ -28,6 +28,8 @@ ATTENTION = "services/decode/token_parallel/attention.py"
 LAYERS = "services/decode/token_parallel/layers.py"
 BACKENDS = "services/decode/token_parallel/backends.py"
 BATCH = "services/decode/token_parallel/batch.py"
+GRID = "services/decode/token_parallel/grid.py"
+SPREAD = "services/decode/token_parallel/spread.py"
 
 IMPL_ARGUMENTS = [
     "num_heads",
@@ -155,3 +157,28 @@ def test_the_cpu_kernel_reads_no_field_that_batches_do_not_fill() -> None:
     filled = {"query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs"}
     filled |= {"num_actual_tokens", "max_query_len", "max_seq_len", "block_table_tensor", "slot_mapping", "causal"}
     require_all(read - filled - {"positions"}, "fields that CPU's builder reads", BATCH)  # positions: encoders only
+
+
+def test_neighbours_have_copies_of_a_kv_head_where_there_are_more_workers_than_heads() -> None:
+    linear = source(resolve_obj_by_qualname("vllm.model_executor.layers.linear.QKVParallelLinear"))
+    replicas = "self.num_kv_head_replicas"
+    require(f"{replicas} = divide(tp_size, self.total_num_kv_heads)" in linear, "how KV heads are copied", GRID)
+    require(f"shard_rank = self.tp_rank // {replicas}" in linear, "who has the same KV head", GRID)
+
+
+@pytest.mark.parametrize("name", backends.WRAPPED)
+def test_metadata_builders_count_the_heads_of_the_implementation(name: str) -> None:
+    counted = "vllm.v1.attention.backends.utils.get_num_attention_heads_from_layers"
+    require('getattr(layer, "impl", layer)).num_heads' in source(resolve_obj_by_qualname(counted)), counted, ATTENTION)
+    backend = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
+    require(
+        "get_num_attention_heads_from_layers(" in source(backend.get_builder_cls()),
+        f"how many heads {name} plans for",
+        ATTENTION,
+    )
+
+
+@pytest.mark.parametrize("name", backends.WRAPPED)
+def test_caches_can_be_written_without_attending(name: str) -> None:
+    backend = resolve_obj_by_qualname(AttentionBackendEnum[name].value)
+    require(not backend.forward_includes_kv_cache_update, f"{name} writes the cache where it attends", SPREAD)

@@ -12,6 +12,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 
 from services.decode.token_parallel.executor import TokenParallelExecutor
+from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.options import TokenParallelOptions
 from tests.services.building import BLOCK_SIZE, tiny_config
 from tknp.common.partition import BlockPartition, get_partition, set_partition
@@ -32,7 +33,7 @@ def executor(config: Any, *available: int, blocks_per_rank: tuple[int, ...] | No
     made: Any = object.__new__(TokenParallelExecutor)
     made.vllm_config, made.cache_config, made.parallel_config = config, config.cache_config, config.parallel_config
     made._options = TokenParallelOptions(len(available), blocks_per_rank)
-    made._num_root_workers = 1
+    made._grid = WorkerGrid(1, len(available))
     made._available = [list(available)]
     return made
 
@@ -58,6 +59,19 @@ def test_every_rank_gets_what_its_memory_holds(config: Any, sent: list[Any]) -> 
     made = executor(config, 30 * BLOCK_BYTES + 5, 50 * BLOCK_BYTES + BLOCK_BYTES - 1)
     made.initialize_from_config([planned(config, 80)])
     assert [plan.num_blocks for plan in sent] == [30, 50]
+
+
+def test_spread_weights_every_worker_is_told_its_rank_s_blocks(config: Any, sent: list[Any], monkeypatch: Any) -> None:
+    made = executor(config, 30 * BLOCK_BYTES, 50 * BLOCK_BYTES)
+    made._grid = WorkerGrid(num_shards=2, num_ranks=2, is_spread=True)
+    # Workers 0 and 1 have the first KV head, 2 and 3 the second one; of a rank's two the one with less room decides.
+    rooms = [30, 50, 40, 45]
+    monkeypatch.setattr(MultiprocExecutor, "determine_available_memory", lambda _: [n * BLOCK_BYTES for n in rooms])
+    assert made.determine_available_memory() == [n * BLOCK_BYTES for n in (80, 80, 85, 85)]
+    made.initialize_from_config([planned(config, 80)] * 4)
+    assert [plan.num_blocks for plan in sent] == [30, 45, 30, 45]
+    partition = get_partition()
+    assert partition is not None and (partition.num_blocks, partition.num_shards) == ((30, 45), 2)
 
 
 def test_the_root_s_matrix_products_count_as_blocks(config: Any, sent: list[Any], monkeypatch: Any) -> None:
@@ -111,7 +125,7 @@ def test_a_rank_without_room_is_named_at_start(config: Any, sent: list[Any], lef
 
 def test_a_worker_is_described_by_its_two_ranks(config: Any) -> None:
     made = executor(config, 1, 1)
-    made._num_root_workers = 2
+    made._grid = WorkerGrid(num_shards=2, num_ranks=3)
     assert made._describe(1) == "root of token-parallel rank 0, tensor-parallel rank 1"
     assert made._describe(4) == "KV worker of token-parallel rank 2, tensor-parallel rank 0"
 
@@ -120,7 +134,7 @@ def test_the_memory_of_a_root_worker_is_that_of_its_token_parallel_group(
     config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = executor(config, 1, 1)
-    made._num_root_workers = 2
+    made._grid = WorkerGrid(num_shards=2, num_ranks=3)
     monkeypatch.setattr(MultiprocExecutor, "determine_available_memory", lambda _: [1, 2, 10, 20, 100, 200])
     assert made.determine_available_memory() == [111, 222]
     assert made._available == [[1, 10, 100], [2, 20, 200]]

@@ -134,7 +134,10 @@ def test_block_counts_must_name_every_rank() -> None:
         TokenParallelOptions(2, (10, 10, 10))
 
 
-@pytest.mark.parametrize("options", [TokenParallelOptions(3), TokenParallelOptions(2, (300, 100))])
+@pytest.mark.parametrize(
+    "options",
+    [TokenParallelOptions(3), TokenParallelOptions(2, (300, 100)), TokenParallelOptions(2, weights="spread")],
+)
 def test_options_survive_the_way_through_vllm_s_configuration(llama: Path, options: TokenParallelOptions) -> None:
     config = tiny_config(llama, options.size, additional_config=options.as_config())
     assert TokenParallelOptions.of(config) == options
@@ -198,3 +201,38 @@ def test_ranks_that_the_nodes_cannot_share_evenly_are_refused() -> None:
 def test_on_ray_another_executor_is_named() -> None:
     named = engine_args(TokenParallelOptions(2), on_ray=True)["distributed_executor_backend"]
     assert named == "services.decode.token_parallel.ray_executor.RayTokenParallelExecutor"
+
+
+def spread(model: Path, num_shards: int) -> Any:
+    options = TokenParallelOptions(2, weights="spread")
+    return tiny_config(model, **engine_args(options, tensor_parallel_size=num_shards))
+
+
+def test_spread_weights_are_tensor_parallel_over_all_ranks(llama: Path) -> None:
+    # As many shards as the model has KV heads.
+    config = spread(llama, 4)
+    refuse_unsupported(config)
+    assert config.parallel_config.tensor_parallel_size == 8
+    assert engine_args(TokenParallelOptions(1, weights="spread"), tensor_parallel_size=4) == {}, "plain vLLM"
+
+
+def test_spread_weights_are_refused_where_tensor_parallelism_alone_divides_the_kv_heads(llama: Path) -> None:
+    with pytest.raises(UnsupportedConfigurationError, match=r"--tensor-parallel-size 2, no multiple.*4 KV heads"):
+        refuse_unsupported(spread(llama, 2))
+
+
+def test_spread_weights_are_refused_with_a_quantised_kv_cache(llama: Path) -> None:
+    with pytest.raises(UnsupportedConfigurationError, match="spread with a quantised KV cache"):
+        refuse_unsupported(changed(spread(llama, 4), "cache_config.cache_dtype", "fp8"))
+
+
+def test_spread_weights_stay_on_one_machine() -> None:
+    with pytest.raises(UnsupportedConfigurationError, match="spread needs one machine, but --nnodes is 2"):
+        TokenParallelOptions(2, nodes=Nodes(2, 0, "10.0.0.1"), weights="spread")
+    with pytest.raises(UnsupportedConfigurationError, match="can't be had with Ray"):
+        engine_args(TokenParallelOptions(2, weights="spread"), on_ray=True)
+
+
+def test_weights_can_be_in_two_places_only() -> None:
+    with pytest.raises(UnsupportedConfigurationError, match="'everywhere'; it is one of root, spread"):
+        TokenParallelOptions(2, weights="everywhere")

@@ -22,13 +22,20 @@ def flash_attention_parts(num_blocks: int, work: int, num_sms: int, margin: int)
 
 
 @pytest.mark.parametrize("rows", range(1, 130, 7))
-def test_the_margin_makes_flash_attention_cut_as_chosen(rows: int) -> None:
-    work = rows * 64 * 8
-    wanted = choose_splits(work / (132 * 64))
-    margin = sm_margin(np.full(rows, 8192, np.int32), 8, 132)
-    parts = flash_attention_parts(64, work, 132, margin)
-    # Where FlashAttention cuts more finely by itself there is nothing to do.
-    assert parts in (wanted, wanted + 1) if margin else parts >= wanted
+@pytest.mark.parametrize(("num_blocks", "num_kv_heads"), [(64, 8), (256, 1), (256, 2)])
+def test_the_margin_makes_flash_attention_cut_as_chosen(rows: int, num_blocks: int, num_kv_heads: int) -> None:
+    work = rows * num_blocks * num_kv_heads
+    wanted = choose_splits(work / (132 * num_blocks))
+    margin = sm_margin(np.full(rows, num_blocks * 128, np.int32), num_kv_heads, 132)
+    parts = flash_attention_parts(num_blocks, work, 132, margin)
+    # With hardly any work, FlashAttention's own finer parts stand.
+    assert parts == wanted or (wanted == 4 and parts > wanted and not margin)
+
+
+def test_less_than_a_round_is_not_cut_into_more_than_one() -> None:
+    # Measured on an H200: FlashAttention by itself makes 176 parts for 132 multiprocessors.
+    assert flash_attention_parts(256, 88 * 256, 132, 0) == 2
+    assert flash_attention_parts(256, 88 * 256, 132, sm_margin(np.full(88, 32768, np.int32), 1, 132)) == 1
 
 
 def test_rows_without_length_count_for_nothing() -> None:
