@@ -70,7 +70,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["router", "--ssl-keyfile", __file__], "--ssl-keyfile and --ssl-ca-certs need --ssl-certfile"),
         (["router", "--ssl-certfile", __file__], "can't be used"),
         (["router", "--allowed-engine-hosts", "10.0.0.0/99"], "--allowed-engine-hosts: a host is a name"),
-        (["make-model", "folder", "--shape", "gpt"], "--shape is one of gemma2, llama, mixtral, not 'gpt'"),
+        (
+            ["make-model", "folder", "--shape", "gpt"],
+            "--shape is one of gemma2, llama, mixtral, multi_query, two_kv_heads, not 'gpt'",
+        ),
     ],
 )
 def test_wrong_use_ends_with_one_sentence(words: list[str], sentence: str) -> None:
@@ -101,7 +104,7 @@ def test_vllms_options_pass_through_untouched(monkeypatch: pytest.MonkeyPatch) -
     options = ["--max-model-len", "2048", "--hf-overrides", '{"a": [1, "--port"]}', "--enforce-eager", "-tp=2", "-O3"]
     words = ["decode", "m", "--port", "9", *options[:3], "--token-parallel-size", "2", *options[3:]]
     args = called_with(monkeypatch, "services.decode.service.run_decode", words)
-    assert args == ("m", "127.0.0.1", 9, 2, None, options, None, False, None)
+    assert args == ("m", "127.0.0.1", 9, 2, None, options, None, False, None, "root")
     args = called_with(
         monkeypatch, "services.prefill.service.run_prefill", ["prefill", "m", "--side-channel-port", "7", *options]
     )

@@ -31,7 +31,7 @@ class Case:
 _TP1 = EngineSpec("tp1")
 _TP2 = EngineSpec("tp2", tensor_parallel_size=2)
 _FLOAT = EngineSpec("float32", dtype="float32", attention="TRITON_ATTN")
-_GEMMA = EngineSpec("gemma2", model="gemma2")
+_GEMMA = EngineSpec("gemma2", model="gemma2", num_roundings=4)
 _MOE = EngineSpec("mixtral", model="mixtral")
 _MQA = EngineSpec("multi_query", model="multi_query")
 _MQA_FLOAT = replace(_MQA, name="multi_query-float32", dtype="float32", attention="TRITON_ATTN")

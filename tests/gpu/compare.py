@@ -8,7 +8,9 @@ nearer to one another than that, either is right, and from there on the two answ
 Hence the rule. **Two answers are equal if they are the same, or if, where they first differ, the reference's own logits
 of the two tokens are at most one rounding step apart.** Anything wrong with a row, a block or a position moves logits
 by whole numbers, not by steps. The step is that of the logit's own type: a logit of 8 to 16 has steps of 1/16 in
-bfloat16. float32 has next to none, but Triton's attention multiplies it as TF32, so TF32's is taken.
+bfloat16. float32 has next to none, but Triton's attention multiplies it as TF32, so TF32's is taken. A model that caps
+its logits softly divides, takes the tanh and multiplies, each time in the logit's type
+(model_executor/layers/logits_processor.py): four roundings, four steps.
 
 A control holds the rule itself to account: plain vLLM against plain vLLM with other chunks. Where the control differs
 by more than one step, so may we, by as much as it does.
@@ -94,9 +96,13 @@ def compare(reference: Sequence[Answer], found: Sequence[Answer], dtype: str) ->
     return Comparison(len(found), sum(len(a.tokens) for a in found), num_compared, differences)
 
 
-def verdict(ours: Comparison, control: Comparison | None) -> str | None:
-    """What is wrong with our answers; None if they are equal to the reference's."""
-    allowed = max(1.0, control.most_steps if control is not None else 0.0)
+def verdict(ours: Comparison, control: Comparison | None, num_roundings: int = 1) -> str | None:
+    """What is wrong with our answers; None if they are equal to the reference's.
+
+    Args:
+        num_roundings: how often a logit is rounded, the last matrix product's own included.
+    """
+    allowed = max(float(num_roundings), control.most_steps if control is not None else 0.0)
     if ours.most_steps > allowed:
         worst = max(ours.differences, key=lambda difference: difference.steps)
         return (

@@ -35,6 +35,8 @@ class EngineSpec:
     attention: str | None = None
     weights: str | None = None
     chunk: int = 128
+    num_roundings: int = 1
+    """See compare.verdict."""
 
     @property
     def num_gpus(self) -> int:

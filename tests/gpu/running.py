@@ -96,7 +96,7 @@ class Runs:
         dtype = case.ours.dtype
         found = compare(plain.answers, ours.answers, dtype)
         of_control = compare(plain.answers, control.answers, dtype)
-        return verdict(found, of_control) or _untested(case, ours), found, of_control
+        return verdict(found, of_control, case.plain.num_roundings) or _untested(case, ours), found, of_control
 
 
 def _untested(case: Case, ours: Outcome) -> str | None:

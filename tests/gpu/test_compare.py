@@ -43,6 +43,8 @@ def test_one_step_is_a_tie_and_so_is_what_plain_vllm_differs_by_from_itself() ->
         verdict(differing(2.0), differing(1.0))
     )
     assert verdict(differing(2.0), differing(2.0)) is None
+    assert verdict(differing(4.0), differing(0.0), num_roundings=4) is None
+    assert "4.0 are allowed" in str(verdict(differing(5.0), differing(0.0), num_roundings=4))
     assert "could be compared" in str(verdict(differing(1.0, compared=24), None))
 
 

@@ -131,9 +131,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
 
 def _reasons(vllm_config: Any) -> dict[str, bool]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    options = TokenParallelOptions.of(vllm_config)
-    num_shards, num_kv_heads = parallel.tensor_parallel_size // options.size, model.get_total_num_kv_heads()
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    is_quantised = cache.cache_dtype.startswith(("fp8", "int8", "nvfp4"))
     return {
         "decode context parallelism (--decode-context-parallel-size > 1)": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism (--prefill-context-parallel-size > 1)": parallel.prefill_context_parallel_size > 1,
@@ -164,20 +163,25 @@ def _reasons(vllm_config: Any) -> dict[str, bool]:
         "--kv-sharing-fast-prefill": bool(cache.kv_sharing_fast_prefill),
         "KV cache offloading (--kv-offloading-size)": bool(cache.kv_offloading_size),
         "a quantised KV cache (--kv-cache-dtype) on GPUs, whose queries are quantised before they travel": (
-            cache.cache_dtype.startswith(("fp8", "int8", "nvfp4")) and vllm_config.device_config.device_type != "cpu"
-        ),
-        f"--token-parallel-weights spread with --tensor-parallel-size {num_shards}, no multiple of the model's "
-        f"{num_kv_heads} KV heads (tensor parallelism alone divides those)": (
-            options.is_spread and num_shards % num_kv_heads != 0
-        ),
-        "--token-parallel-weights spread with a quantised KV cache (--kv-cache-dtype)": (
-            options.is_spread and cache.cache_dtype.startswith(("fp8", "int8", "nvfp4"))
+            is_quantised and vllm_config.device_config.device_type != "cpu"
         ),
         "host-resident sparse attention": vllm_config.attention_config.hisparse_config is not None,
         "reference sliding-window attention": model.rswa_window is not None,
         "this KV connector, only TokenParallelKVConnector as kv_consumer and without bidirectional_kv_xfer": (
             not _knows_ranks(vllm_config.kv_transfer_config)
         ),
+        **_reasons_of_spread(TokenParallelOptions.of(vllm_config), parallel, model, is_quantised),
+    }
+
+
+def _reasons_of_spread(options: TokenParallelOptions, parallel: Any, model: Any, is_quantised: bool) -> dict[str, bool]:
+    if not options.is_spread:
+        return {}
+    num_shards, num_kv_heads = parallel.tensor_parallel_size // options.size, model.get_total_num_kv_heads()
+    return {
+        f"--token-parallel-weights spread with --tensor-parallel-size {num_shards}, no multiple of the model's "
+        f"{num_kv_heads} KV heads (tensor parallelism alone divides those)": num_shards % num_kv_heads != 0,
+        "--token-parallel-weights spread with a quantised KV cache (--kv-cache-dtype)": is_quantised,
     }
 
 
