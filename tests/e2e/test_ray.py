@@ -149,6 +149,18 @@ def test_a_start_that_is_interrupted_leaves_nothing(model: Path, nodes: list[Hos
     wait_until_all_is_given_back(head, other)
 
 
+def test_an_engine_ends_with_what_started_it(model: Path, nodes: list[Host], tmp_path: Path) -> None:
+    head, other = nodes
+    service = start_serve(model, head, tmp_path)
+    wait_for(lambda: any("VLLM::EngineCore" in line for line in left_on(other)), START_SECONDS, "a start elsewhere")
+    drivers = [int(pid) for pid, line in processes_on(head).items() if "tknp.launch.ray_engine" in line]
+    for pid in drivers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert drivers and service.process.wait(START_SECONDS) == 1
+    wait_until_all_is_given_back(head, other)
+
+
 def test_what_is_spread_over_nodes_gives_plain_vllm_s_tokens(
     serve: Service, nodes: list[Host], log_dir: Path, plain_llama: Expected
 ) -> None:
