@@ -66,7 +66,7 @@ def test_a_decode_job_is_one_engine_over_all_nodes(job: Job, tmp_path: Path, mon
     words = job("decode.sbatch", "a/model", "--token-parallel-size", "4", "--enforce-eager", TKNP_PORT="9000")
     args = taken(monkeypatch, "services.decode.service.run_decode", words)
     nodes = Nodes(2, 1, "127.0.0.1", 29501)
-    assert args == ("a/model", "127.0.0.1", 9000, 4, None, ["--enforce-eager"], None, False, nodes)
+    assert args == ("a/model", "127.0.0.1", 9000, 4, None, ["--enforce-eager"], None, False, nodes, "root")
     assert (tmp_path / "record.urls").read_text() == "http://127.0.0.1:9000\n"
     assert not list((tmp_path / "run" / "decode").iterdir())
 

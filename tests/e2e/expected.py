@@ -42,11 +42,3 @@ def llama() -> list[Ask]:
         *long_answers(),
         *long_streams(),
     ]
-
-
-def few_heads() -> list[Ask]:
-    return [*around_boundaries(seed=1), *crowd(seed=2)[:12], *long_answers()]
-
-
-def gemma() -> list[Ask]:
-    return [*around_boundaries(seed=3), *crowd(seed=4, count=12)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.processes import Service, start_router, wait_for
+from tests.e2e.suite import Ask, answers
 
 
 @dataclass
@@ -17,6 +18,11 @@ class Stack:
     prefill: Service
     decode: Service
     router: Service
+
+    def expected(self, asks: Sequence[Ask], at_once: int) -> list[list[list[int]]]:
+        """What the prefill engine answers by itself, which is vLLM without token parallelism. Ask it last: it then has
+        the prompts in its prefix cache."""
+        return answers(self.prefill, asks, at_once)
 
     def ranks(self) -> list[dict[str, Any]]:
         status: list[dict[str, Any]] = self.decode.get("/token_parallel")["ranks"]

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.e2e import expected
-from tests.e2e.conftest import Expected
 from tests.e2e.processes import ENVIRONMENT, START_SECONDS
 
 Models = Callable[[str], Path]
@@ -36,25 +34,19 @@ def run_offline(model: Path, directory: Path, **settings: Any) -> tuple[dict[str
     return (json.loads(found.read_text()) if ended.returncode == 0 else None), ended.stdout
 
 
-def test_preemption_where_one_rank_is_full(models: Models, tmp_path: Path, plain_llama: Expected) -> None:
-    # The root holds one request of the longest kind, the other rank three; together the requests want 63 blocks.
-    result, log = run_offline(models("llama"), tmp_path, token_parallel_size=2, blocks_per_rank=[12, 30])
-    assert result is not None, log
-    assert result["tokens"] == plain_llama(expected.long_answers())
-    assert result["preemptions"] > 0, "the pools are too large for this test to mean anything"
-    for status in result["status"]:
-        assert status["num_free_blocks"] == status["num_blocks"] and status["num_requests"] == 0
-    assert any("TokenParallel" in name for name in result["classes"]), "the next test would not find a wrapper"
-
-
-def test_experts_on_the_root_and_an_fp8_cache_on_every_rank(models: Models, tmp_path: Path) -> None:
+def test_experts_on_the_root_and_an_fp8_cache_on_ranks_that_run_full(models: Models, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"model": models("mixtral"), "directory": tmp_path, "kv_cache_dtype": "fp8"}
     plain, log = run_offline(**settings, token_parallel_size=1)
     assert plain is not None, log
     assert not [name for name in plain["classes"] if "token_parallel" in name or "TokenParallel" in name]
-    ours, log = run_offline(**settings, token_parallel_size=2)
+    # The root holds one request of the longest kind, the other rank three; together the requests want 63 blocks.
+    ours, log = run_offline(**settings, token_parallel_size=2, blocks_per_rank=[12, 30])
     assert ours is not None, log
     assert ours["tokens"] == plain["tokens"]
+    assert ours["preemptions"] > 0, "the pools are too large for this test to mean anything"
+    for status in ours["status"]:
+        assert status["num_free_blocks"] == status["num_blocks"] and status["num_requests"] == 0
+    assert any("TokenParallel" in name for name in ours["classes"]), "a wrapper would not be found above"
     root, kv_worker = ours["status"]
     assert root["parameter_bytes"] > 10_000_000 and kv_worker["parameter_bytes"] < 1000, "a KV worker has no expert"
     assert 0 < kv_worker["ready_seconds"] < 120

@@ -12,7 +12,14 @@ import requests
 
 from tests.e2e import expected
 from tests.e2e.conftest import Expected
-from tests.e2e.processes import ENGINE_OPTIONS, Service, start_decode, start_prefill, start_router, wait_for
+from tests.e2e.processes import (
+    ENGINE_OPTIONS,
+    Service,
+    start_decode,
+    start_prefill,
+    start_router,
+    wait_for,
+)
 from tests.e2e.stack import running
 from tests.e2e.suite import answers, around_boundaries, completion, crowd
 from tknp.common.ports import free_port
@@ -44,11 +51,11 @@ def test_three_ranks_fed_by_a_stock_prefill_engine(models: Models, log_dir: Path
         stack.wait_idle()
 
 
-def test_sliding_window_with_two_kv_cache_groups(models: Models, log_dir: Path, plain_gemma: Expected) -> None:
+def test_sliding_window_with_two_kv_cache_groups(models: Models, log_dir: Path) -> None:
     model = models("gemma2")
     with running(start_prefill(model, log_dir), start_decode(model, log_dir, 2), log_dir) as stack:
         for asks, at_once in ((around_boundaries(seed=3), 1), (crowd(seed=4, count=12), 12)):
-            assert answers(stack.router, asks, at_once) == plain_gemma(asks)
+            assert answers(stack.router, asks, at_once) == stack.expected(asks, at_once)
         stack.wait_idle()
 
 
@@ -63,7 +70,7 @@ def test_prefill_on_one_gpu_decode_on_two_by_two(models: Models, log_dir: Path, 
         stack.wait_idle()
 
 
-def test_weights_spread_over_two_by_two(models: Models, log_dir: Path, plain_few_heads: Expected) -> None:
+def test_weights_spread_over_two_by_two(models: Models, log_dir: Path) -> None:
     model = models("two_kv_heads")
     options = ("--tensor-parallel-size", "2", "--token-parallel-weights", "spread", "--num-gpu-blocks-override", "68")
     decode = start_decode(model, log_dir, 2, *options)
@@ -73,7 +80,7 @@ def test_weights_spread_over_two_by_two(models: Models, log_dir: Path, plain_few
             (crowd(seed=2)[:12], 12),
             (expected.long_answers(), 9),
         ):
-            assert answers(stack.router, asks, at_once) == plain_few_heads(asks)
+            assert answers(stack.router, asks, at_once) == stack.expected(asks, at_once)
         ranks = stack.ranks()
         assert [rank["rank"] for rank in ranks] == [0, 1, 0, 1], "workers with the same KV head are neighbours"
         assert len({rank["parameter_bytes"] for rank in ranks}) == 1, "each has a quarter of the weights"

@@ -139,11 +139,12 @@ class Exchange:
         """Bytes of symmetric memory that each rank needs."""
         return MAX_MICRO_BATCHES * (max_rows * row_width * int(dtype.itemsize) + size * 8)
 
-    def received(self, micro_batch: int, num_rows: int, width: int) -> torch.Tensor:
-        """The rows that others wrote here, `[num_rows, width]`; rows are `row_width` apart."""
+    def received(self, micro_batch: int, num_rows: int, width: int, row_width: int | None = None) -> torch.Tensor:
+        """The rows that others wrote here, `[num_rows, width]`; see `put` for `row_width`."""
+        row_width = row_width or self._row_width
         start = micro_batch * self._rows_bytes
-        rows = self._memory.own[start : start + self._rows_bytes].view(self._dtype)
-        return rows.view(self.max_rows, self._row_width)[:num_rows, :width]
+        rows = self._memory.own[start : start + self.max_rows * row_width * self._dtype.itemsize].view(self._dtype)
+        return rows.view(self.max_rows, row_width)[:num_rows, :width]
 
     def send(self, micro_batch: int, layer: int, layout: RowLayout, parts: tuple[torch.Tensor | None, ...]) -> None:
         """On the root: query, key and value rows of `[num_rows, heads, head_size]` to their owners."""
@@ -155,13 +156,19 @@ class Exchange:
         self.put(micro_batch, layer, (output, None, None), (output.shape[1] * output.shape[2],))
 
     def put(
-        self, micro_batch: int, layer: int, parts: tuple[torch.Tensor | None, ...], widths: tuple[int, ...]
+        self,
+        micro_batch: int,
+        layer: int,
+        parts: tuple[torch.Tensor | None, ...],
+        widths: tuple[int, ...],
+        row_width: int | None = None,
     ) -> None:
         """Rows, whose parts lie side by side at the target, to where the step's tables say; then all peers' flags.
 
         Args:
             parts: up to three tensors `[num_rows, heads, head_size]`.
             widths: elements of a row of each.
+            row_width: elements from one row to the next at the target, a multiple of 64; None for those of the widest.
         """
         from services.decode.token_parallel.symmetric_kernels import put_rows
 
@@ -186,7 +193,7 @@ class Exchange:
             self._arrived[micro_batch:],
             self.tables.step,
             layer,
-            ROW_WIDTH=self._row_width,
+            ROW_WIDTH=row_width or self._row_width,
             QUERY_WIDTH=widths[0],
             KEY_WIDTH=widths[1],
             VALUE_WIDTH=widths[2],

@@ -67,16 +67,15 @@ def _make_spread_graphs(
     group: Any, layouts: list[RowLayout], names: list[str], max_rows: int, dtype: torch.dtype, device: torch.device
 ) -> SpreadGraphs | None:
     widths = {layout.num_heads * size for layout in layouts for size in (layout.head_size, layout.head_size_v)}
-    width = max(widths)
-    if len(widths) > 1 or width % _ALIGNED:
+    if any(width % _ALIGNED for width in widths):
         logger.warning(
-            "token parallelism: a rank's query heads have %s elements, which is not one multiple of %d, so they travel "
+            "token parallelism: a rank's query heads have %s elements, which are no multiples of %d, so they travel "
             "over NCCL and decode steps replay no FULL CUDA graphs",
             sorted(widths),
             _ALIGNED,
         )
         return None
-    size = group.world_size
+    size, width = group.world_size, max(widths)
     memory = SymmetricMemory(group.device_group, Exchange.num_bytes(size, max_rows * size, width, dtype), device)
     exchange = Exchange(memory, group.rank_in_group, size, max_rows * size, width, dtype, peers=(0, size))
     return SpreadGraphs(exchange, names)

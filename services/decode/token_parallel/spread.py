@@ -104,23 +104,31 @@ class SpreadGraphs(Graphs):
 
     def send_queries(self, index: int, query: torch.Tensor) -> None:
         """Each row of `[num_rows, num_heads, head_size]` to its owner."""
-        self.exchange.put(QUERIES, index, (query, None, None), (query[0].numel(),))
+        self._put(QUERIES, index, query)
 
     def attend_own(self, index: int, impl: Any, layer: Any, qkv: Any, metadata: Any, like: torch.Tensor) -> None:
         """With all query heads to this rank's own rows; each worker gets the outputs of its own heads."""
         query, key, value = qkv
         num_rows, num_heads, head_size = query.shape
         self.exchange.wait(QUERIES, index)
-        gathered = self.exchange.received(QUERIES, num_rows * self.exchange.size, num_heads * head_size)
-        attended = like.new_empty(num_rows, self.exchange.size * num_heads, head_size)
-        impl.attend(layer, gathered.view(attended.shape), key, value, metadata, attended)
-        dealt = attended.view(num_rows * self.exchange.size, num_heads, head_size)
-        self.exchange.put(OUTPUTS, index, (dealt, None, None), (num_heads * head_size,))
+        gathered = self._received(QUERIES, num_rows * self.exchange.size, num_heads * head_size)
+        attended = like.new_empty(num_rows, self.exchange.size * num_heads, like.shape[2])
+        impl.attend(layer, gathered.view(num_rows, -1, head_size), key, value, metadata, attended)
+        self._put(OUTPUTS, index, attended.view(num_rows * self.exchange.size, num_heads, like.shape[2]))
 
     def take_outputs(self, index: int, output: torch.Tensor) -> None:
         """Of all rows, in the batch's order."""
         self.exchange.wait(OUTPUTS, index)
-        output.copy_(self.exchange.received(OUTPUTS, len(output), output[0].numel()).view(output.shape))
+        output.copy_(self._received(OUTPUTS, len(output), output[0].numel()).view(output.shape))
+
+    # Rows lie without a gap, so that the heads of a row's workers are one tensor.
+
+    def _put(self, region: int, index: int, rows: torch.Tensor) -> None:
+        width = rows[0].numel()
+        self.exchange.put(region, index, (rows, None, None), (width,), row_width=width)
+
+    def _received(self, region: int, num_rows: int, width: int) -> torch.Tensor:
+        return self.exchange.received(region, num_rows, width, row_width=width)
 
 
 def spread_tables(

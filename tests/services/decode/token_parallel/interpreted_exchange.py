@@ -19,7 +19,7 @@ from services.decode.token_parallel.spread import SpreadGraphs, spread_tables
 SIZE, MAX_ROWS, STEP_ROWS, LAYERS = 3, 8, 8, ("first", "second")
 LAYOUT = RowLayout(num_heads=4, num_kv_heads=2, head_size=32, head_size_v=32, shares_cache=False)
 WIDTH = sum(LAYOUT.widths)
-HEADS_WIDTH = 2 * 32  # of each worker's part of the query heads
+HEADS_WIDTH = 2 * 64  # of each worker's part of the query heads
 
 
 class HostMemory:
@@ -88,7 +88,7 @@ class Heads:
     def attend(
         self, layer: None, query: torch.Tensor, key: None, value: None, num_own: int, output: torch.Tensor
     ) -> None:
-        output[:num_own] = query[:num_own] * 2
+        output[:num_own] = query[:num_own, :, : output.shape[2]] * 2
         output[num_own:] = torch.nan
 
 
@@ -111,15 +111,15 @@ def run_spread_step(ranks: list[SpreadGraphs], owners: list[list[str]]) -> None:
         tables = spread_tables(of_rank, graphs.exchange, graphs.layers_before, batch_row)
         graphs.exchange.buffers.write(tables)
     for layer in range(len(LAYERS)):
-        queries = [torch.randn(STEP_ROWS, 2, 32) for _ in ranks]
-        outputs = [torch.full_like(query, torch.nan) for query in queries]
+        queries = [torch.randn(STEP_ROWS, 2, 64) for _ in ranks]
+        outputs = [torch.full((STEP_ROWS, 2, 32), torch.nan) for _ in ranks]
         for graphs, query in zip(ranks, queries, strict=True):
             graphs.send_queries(layer, query)
-        for graphs, query, own in zip(ranks, queries, owners, strict=True):
-            graphs.attend_own(layer, Heads(), None, (query, None, None), len(own), query)
+        for graphs, query, output, own in zip(ranks, queries, outputs, owners, strict=True):
+            graphs.attend_own(layer, Heads(), None, (query, None, None), len(own), output)
         for graphs, query, output in zip(ranks, queries, outputs, strict=True):
             graphs.take_outputs(layer, output)
-            assert torch.equal(output[: len(requests)], query[: len(requests)] * 2)
+            assert torch.equal(output[: len(requests)], query[: len(requests), :, :32] * 2)
 
 
 def main() -> None:
