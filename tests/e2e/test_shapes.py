@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import requests
 
 from tests.e2e import expected
@@ -98,6 +100,7 @@ def test_prefill_on_two_decode_on_one_by_two(models: Models, log_dir: Path, plai
         stack.wait_idle()
 
 
+@pytest.mark.skipif("TKNP_TEST_LONG" not in os.environ, reason="make test-long runs it: four engines, two minutes")
 def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama: Expected) -> None:
     model = models("llama")
     prefill = [start_prefill(model, log_dir, *both, name=f"prefill-{i}") for i, both in enumerate(((), ("--kv-both",)))]
