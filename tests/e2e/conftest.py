@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +66,13 @@ def plain_llama(models: Callable[[str], Path], llama_answers: PlainAnswers) -> E
 def plain_streams(llama_answers: PlainAnswers) -> list[Streamed]:
     """What it says in streams, of those in expected.py."""
     return llama_answers.streams
+
+
+@pytest.fixture(scope="session")
+def plain_gemma(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Expected]:
+    """Plain vLLM's answers for the Gemma-2 model."""
+    from tests.e2e import expected
+
+    known = PlainAnswers()
+    known.learn(models("gemma2"), expected.gemma(), tmp_path_factory.mktemp("plain-gemma"))
+    yield lambda asks: known.expect(models("gemma2"), asks)

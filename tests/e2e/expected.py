@@ -42,3 +42,7 @@ def llama() -> list[Ask]:
         *long_answers(),
         *long_streams(),
     ]
+
+
+def gemma() -> list[Ask]:
+    return [*around_boundaries(seed=3), *crowd(seed=4, count=12)]

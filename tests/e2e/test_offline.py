@@ -50,3 +50,9 @@ def test_experts_on_the_root_and_an_fp8_cache_on_ranks_that_run_full(models: Mod
     root, kv_worker = ours["status"]
     assert root["parameter_bytes"] > 10_000_000 and kv_worker["parameter_bytes"] < 1000, "a KV worker has no expert"
     assert 0 < kv_worker["ready_seconds"] < 120
+
+
+def test_a_rank_too_small_for_the_longest_request_is_refused(models: Models, tmp_path: Path) -> None:
+    result, log = run_offline(models("llama"), tmp_path, token_parallel_size=2, blocks_per_rank=[10, 10])
+    assert result is None
+    assert "--max-model-len is 320 tokens, but a request lives on one of the 2 token-parallel ranks" in log

@@ -53,11 +53,11 @@ def test_three_ranks_fed_by_a_stock_prefill_engine(models: Models, log_dir: Path
         stack.wait_idle()
 
 
-def test_sliding_window_with_two_kv_cache_groups(models: Models, log_dir: Path) -> None:
+def test_sliding_window_with_two_kv_cache_groups(models: Models, log_dir: Path, plain_gemma: Expected) -> None:
     model = models("gemma2")
     with running(start_prefill(model, log_dir), start_decode(model, log_dir, 2), log_dir) as stack:
         for asks, at_once in ((around_boundaries(seed=3), 1), (crowd(seed=4, count=12), 12)):
-            assert answers(stack.router, asks, at_once) == stack.expected(asks, at_once)
+            assert answers(stack.router, asks, at_once) == plain_gemma(asks)
         stack.wait_idle()
 
 

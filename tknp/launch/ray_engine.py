@@ -53,8 +53,13 @@ def main() -> None:
     ray.init(address=os.environ["RAY_ADDRESS"], namespace=namespace, logging_level=logging.WARNING)
     group = ray.util.get_placement_group(namespace)
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=int(bundle))
-    options = {"num_cpus": 0, "num_gpus": int(num_gpus), "max_concurrency": 2, "scheduling_strategy": strategy}
-    options["runtime_env"] = _LEAVE_THE_GUARD
+    options = {
+        "num_cpus": 0,
+        "num_gpus": int(num_gpus),
+        "max_concurrency": 2,
+        "scheduling_strategy": strategy,
+        "runtime_env": _LEAVE_THE_GUARD,
+    }
     environment = {k: v for k, v in os.environ.items() if k.startswith(_CARRIED) and k not in _OF_A_NODE}
     actor = ray.remote(Engine).options(**options).remote(words, environment)
     ended = actor.wait.remote()

@@ -19,7 +19,7 @@ from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES
 from services.decode.token_parallel.options import UnsupportedConfigurationError
 from services.decode.token_parallel.rows import RowLayout
 from services.decode.token_parallel.splits import splitting
-from services.decode.token_parallel.spread import attend_layer
+from services.decode.token_parallel.spread import attend_alone, attend_layer
 from services.decode.token_parallel.step import RootStep
 
 _ALIBI_SLOPES = 3
@@ -174,23 +174,6 @@ def _wrap_impl(inner: type[Any], updates_cache_in_forward: bool) -> type[Any]:
             """As `attend_rows`, to a cache that has been written."""
             super().forward(layer, query, key, value, layer.kv_cache, metadata, output)
 
-        def _attend_alone(
-            self,
-            layer: Any,
-            query: torch.Tensor,
-            key: torch.Tensor | None,
-            value: torch.Tensor | None,
-            metadata: Any,
-            output: torch.Tensor,
-        ) -> None:
-            shares = self.num_heads // query.shape[1]
-            if shares == 1:
-                self.attend_rows(layer, query, key, value, metadata, output)
-                return
-            attended = output.new_empty(output.shape[0], self.num_heads, output.shape[2])
-            self.attend_rows(layer, query.repeat(1, shares, 1), key, value, metadata, attended)
-            output.copy_(attended[:, : query.shape[1]])
-
         def forward(
             self,
             layer: Any,
@@ -204,16 +187,17 @@ def _wrap_impl(inner: type[Any], updates_cache_in_forward: bool) -> type[Any]:
             output_block_scale: torch.Tensor | None = None,
         ) -> torch.Tensor:
             step = getattr(attn_metadata, "token_parallel_step", None)
+            context = get_context()
             if attn_metadata is None:  # a profiling run, which attends to nothing
                 super().forward(layer, query, key, value, kv_cache, None, output)
             elif isinstance(attn_metadata, CapturedMetadata):
-                context = get_context()
                 assert context is not None and context.graphs is not None
                 context.graphs.exchange_and_attend(self, layer, (query, key, value), attn_metadata, output)
-            elif step is None:  # a warm-up, of this worker alone
-                self._attend_alone(layer, query, key, value, attn_metadata, output)
+            elif step is None and context is not None and context.is_spread:
+                attend_alone(self, layer, (query, key, value), attn_metadata, output)
+            elif step is None:
+                self.attend_rows(layer, query, key, value, attn_metadata, output)
             else:
-                context = get_context()
                 assert context is not None
                 forward_layer = attend_layer if context.is_spread else _forward_by_owner
                 forward_layer(self, context, step, layer, (query, key, value), attn_metadata, output)

@@ -61,13 +61,7 @@ def _meet(transport: Transport, rank: int, grid: WorkerGrid) -> None:
     """Lets those who will exchange rows exchange a word both ways, because NCCL connects at the first transfer, which
     is slow."""
     everybody = [other for other in range(grid.num_ranks) if other != rank]
-    words = [(torch.zeros(1, device="cuda"), other) for other in (everybody if grid.is_spread or not rank else (0,))]
-    if grid.is_spread:
-        transport.wait(transport.start(sends=words, recvs=[(word.clone(), other) for word, other in words]))
-    elif rank == 0:
-        transport.wait(transport.start(sends=words))
-        transport.wait(transport.start(recvs=words))
-    else:
-        transport.wait(transport.start(recvs=words))
-        transport.wait(transport.start(sends=words))
+    others = everybody if grid.is_spread or rank == 0 else [0]
+    sends, recvs = ([(torch.zeros(1, device="cuda"), other) for other in others] for _ in range(2))
+    transport.wait(transport.start(sends, recvs))
     torch.cuda.synchronize()

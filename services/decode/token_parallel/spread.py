@@ -63,6 +63,21 @@ def attend_layer(
         output.index_copy_(0, rows, outputs)
 
 
+def attend_alone(
+    impl: Any,
+    layer: Any,
+    qkv: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    metadata: Any,
+    output: torch.Tensor,
+) -> None:
+    """A warm-up, which concerns no other worker: their query heads are taken to be like this one's."""
+    query, key, value = qkv
+    num_heads = query.shape[1]
+    attended = output.new_empty(output.shape[0], impl.num_heads, output.shape[2])
+    impl.attend_rows(layer, query.repeat(1, impl.num_heads // num_heads, 1), key, value, metadata, attended)
+    output.copy_(attended[:, :num_heads])
+
+
 def _exchange(
     context: TokenParallelContext, sends: list[tuple[torch.Tensor, int]], recvs: list[tuple[torch.Tensor, int]]
 ) -> None:

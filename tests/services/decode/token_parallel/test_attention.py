@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from services.decode.token_parallel.batch import Batch
 from services.decode.token_parallel.context import TokenParallelContext, set_context
 from services.decode.token_parallel.layers import describe_layers, make_layers, parameter_bytes
+from services.decode.token_parallel.options import UnsupportedConfigurationError
 from services.decode.token_parallel.plugin import register
 from services.decode.token_parallel.rows import RowLayout
 from tests.services.building import BLOCK_SIZE, MAX_MODEL_LEN, Stepper, request, scheduler, tiny_config
@@ -207,11 +208,22 @@ def test_a_profiling_run_attends_to_nothing(llama: Path) -> None:
     assert not output.any()
 
 
-def test_a_warm_up_stays_on_the_root(llama: Path) -> None:
+@pytest.mark.parametrize("kwargs", [{"alibi_slopes": [0.1] * HEADS}, {"sinks": torch.zeros(HEADS)}])
+def test_what_belongs_to_a_head_is_refused_where_heads_travel(llama: Path, kwargs: dict[str, Any]) -> None:
     config = tiny_config(llama, 2)
+    set_context(TokenParallelContext(0, 2, Memory([]), is_spread=True))
+    with pytest.raises(UnsupportedConfigurationError, match="ALiBi or attention sinks"):
+        make_attention(config, **kwargs)
+
+
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_a_warm_up_concerns_no_other_rank(llama: Path, is_spread: bool) -> None:
+    config = tiny_config(llama, 2)
+    # The memory would fail if it were asked for anything.
+    set_context(TokenParallelContext(0, 2, Memory([]), is_spread=is_spread))
     make_attention(config)
     root = Rank(config, RankPlace(0, BlockPartition((4, 5))))
-    set_context(TokenParallelContext(0, 2, Memory([])))  # which would fail if it were asked for anything
+    assert root.layer.impl.num_heads == HEADS * (2 if is_spread else 1)
     starts = torch.tensor([0, 2], dtype=torch.int32)
     common = CommonAttentionMetadata(
         query_start_loc=starts,
