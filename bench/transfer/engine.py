@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 
 from bench.shapes import SHAPES
 from bench.transfer.side import CONNECTORS
+from services.kv_peers import EXTENSION
 
 KV_CACHE_BYTES = 20 << 30
 """Enough for the largest case and some, and so little that two engines fit on a GPU."""
@@ -34,8 +35,8 @@ class EngineJob:
 
 def serve(job: EngineJob, pipe: Any) -> None:
     """Answers ("generate", requests, tokens, seed, `kv_transfer_params` of each or None) with seconds to the last first
-    token, each token and what its request leaves for a decode engine, and the time at the end; ("peer",) and
-    ("kv_bytes",) as Engine does."""
+    token, each token and what its request leaves for a decode engine, and the time at the end; ("peer",),
+    ("meet", peer) and ("kv_bytes",) as Engine does."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(job.device)
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(job.port)
@@ -68,6 +69,7 @@ class Engine:
             enforce_eager=True,
             block_size=job.block_size,
             disable_log_stats=False,
+            worker_extension_cls=EXTENSION if job.role == "kv_consumer" and job.path != "stock" else "",
             kv_transfer_config={"kv_role": job.role, "kv_load_failure_policy": "fail", **CONNECTORS[job.path]},
         )
 
@@ -80,6 +82,12 @@ class Engine:
             "remote_port": int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"]),
             "tp_size": config.parallel_config.tensor_parallel_size,
         }
+
+    def meet(self, peer: dict[str, Any]) -> None:
+        """Connects to a prefill engine ahead of the first request, as the router has it done."""
+        sizes = {"tp_size": peer["tp_size"], "dcp_size": 1, "pp_size": 1}
+        where = {"engine_id": peer["remote_engine_id"], "host": peer["remote_host"], "port": peer["remote_port"]}
+        self._llm.collective_rpc("connect_kv_peer", args=({**where, **sizes},))
 
     def kv_bytes(self) -> tuple[float, float]:
         """Pulled since the start, and of these hidden behind prefill."""

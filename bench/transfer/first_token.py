@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ class FirstTokenRow:
             prompt the decode engine has read by then.
         gigabytes_per_second: of the bytes that were not hidden.
         hidden_share: of the bytes pulled, those that had arrived when the decode engine heard of the prefill's end.
-        first_ms: the same of the first request between the two engines.
+        first_ms: the same of the first request between the two engines, of 1,024 tokens, which are connected by then
+            if the decode engine is ours.
+        second_ms: the same of the one after it, of the same length.
         handover_ms: `first_token_ms` less what these bytes take on the link at its nominal rate.
         equal_tokens: share of first tokens that are the ones the prefill engine computed itself, with another kernel;
             random weights leave many near ties.
@@ -44,6 +47,7 @@ class FirstTokenRow:
     bare_step_ms: float
     prefill_ms: float
     first_ms: float
+    second_ms: float
     hidden_share: float
     equal_tokens: float
     repeats: int
@@ -68,6 +72,9 @@ class _Run:
     equal_tokens: float
     hidden_share: float
 
+
+CONNECT_SECONDS = 5.0
+"""In which engines that were told of one another have connected, in the background."""
 
 OFFER = {
     "do_remote_decode": True,
@@ -109,19 +116,25 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
         pairs.append(_Engines(path, prefill, decode, is_streamed=plan.streamed_chunk is not None))
     with ready(*(side for pair in pairs for side in (pair.prefill, pair.decode))):
         first = {pair.path: _warm_up(pair) for pair in pairs}
-        say("; ".join(f"{path}: first request {seconds * 1e3:.1f} ms" for path, seconds in first.items()))
+        for path, (one, two) in first.items():
+            say(f"{path}: first request {one * 1e3:.1f} ms, second {two * 1e3:.1f} ms")
         for requests, tokens in plan.cases:
             for row in _measure(plan, pairs, requests, tokens, first):
                 say(str(row))
                 yield row
 
 
-def _warm_up(pair: _Engines) -> float:
-    """Seconds of the first request beyond a bare step, after kernels are compiled on both sides."""
+def _warm_up(pair: _Engines) -> tuple[float, float]:
+    """Seconds of the first request and of the second beyond a bare step, after kernels are compiled on both sides."""
     for seed in (97, 98):
         pair.prefill.ask("generate", 1, 1024, seed, None)
         pair.decode.ask("generate", 1, 64, seed, None)
-    return _hand_over(pair, 1, 1024, 99).seconds - _bare_step(pair, 99)
+    if pair.path != "stock":
+        pair.decode.ask("meet", pair.prefill.ask("peer"))
+        time.sleep(CONNECT_SECONDS)
+    bare = _bare_step(pair, 99)
+    first, second = (_hand_over(pair, 1, 1024, seed).seconds - bare for seed in (99, 100))
+    return first, second
 
 
 def _bare_step(pair: _Engines, seed: int) -> float:
@@ -150,7 +163,7 @@ def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _Run:
 
 
 def _measure(
-    plan: Plan, pairs: Sequence[_Engines], requests: int, tokens: int, first: dict[str, float]
+    plan: Plan, pairs: Sequence[_Engines], requests: int, tokens: int, first: dict[str, tuple[float, float]]
 ) -> Iterator[FirstTokenRow]:
     size = requests * tokens * SHAPES[plan.shape].kv_bytes_per_token
     runs: dict[str, list[_Run]] = {pair.path: [] for pair in pairs}
@@ -190,7 +203,8 @@ def _measure(
             handover_ms=round((median - exposed / plan.link if plan.link else median) * 1e3, 3),
             bare_step_ms=round(bare * 1e3, 3),
             prefill_ms=round(statistics.median(run.prefill_seconds for run in measured) * 1e3, 1),
-            first_ms=round(first[pair.path] * 1e3, 1),
+            first_ms=round(first[pair.path][0] * 1e3, 1),
+            second_ms=round(first[pair.path][1] * 1e3, 1),
             hidden_share=round(hidden, 4),
             equal_tokens=round(statistics.fmean(run.equal_tokens for run in runs[pair.path]), 3),
             repeats=len(measured),
