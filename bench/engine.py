@@ -97,6 +97,7 @@ def _start(job: EngineJob) -> Any:
         skip_tokenizer_init=True,
         tensor_parallel_size=job.tensor_parallel_size,
         decode_context_parallel_size=job.decode_context_parallel_size,
+        worker_extension_cls="bench.dcp.ContextWorker" if job.decode_context_parallel_size > 1 else "",
         token_parallel_size=job.token_parallel_size,
         overlap_from=None if job.variant in ("", "spread") else 0,
         token_parallel_weights="spread" if job.variant == "spread" else "root",
