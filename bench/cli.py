@@ -92,7 +92,7 @@ def decode(
             draw(json.loads(output.read_text())["rows"], plot)
         except ValueError as error:
             measured.refused.append(str(error))
-    for reason in measured.refused:
+    for reason in measured.left_out + measured.refused:
         typer.echo(reason, err=True)
     if measured.refused:
         raise typer.Exit(1)

@@ -51,12 +51,14 @@ class Measured:
     Attributes:
         starts: by shape and setup, seconds until an engine was ready, and each of its KV workers.
         refused: what was not believed or did not run, each in a sentence.
+        left_out: what does not fit, as well.
     """
 
     rows: list[Row] = field(default_factory=list)
     breakdowns: dict[str, Any] = field(default_factory=dict)
     starts: dict[str, Any] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def _measure(plan: Plan, setup: Setup, measured: Measured) -> None:
     for line in replicas[0]:
         if "start" in line:
             measured.starts[name] = line["start"]
+        if "left_out" in line:
+            measured.left_out.append(f"{name}: {line['left_out']}")
         if "breakdown" in line:
             measured.breakdowns[name] = line["breakdown"]
     for context in plan.contexts:
@@ -131,11 +135,13 @@ def _measure(plan: Plan, setup: Setup, measured: Measured) -> None:
 def _row(
     plan: Plan, setup: Setup, context: int, share: int, replicas: Sequence[Sequence[dict[str, Any]]]
 ) -> Row | str | None:
-    """One cell; why it can't be true; or None where the batch did not fit into the KV cache at once."""
+    """One cell; why it can't be true; or None where the batch does not fit into the KV cache at once."""
     cell = {"context": context, "batch": share}
     found = [line["intervals"] for lines in replicas for line in lines if cell.items() <= line.items()]
-    if len(found) < setup.num_replicas or min(map(len, found)) < _LEAST_STEPS:
+    if len(found) < setup.num_replicas:
         return None
+    if (fewest := min(map(len, found))) < _LEAST_STEPS:
+        return f"at {context} tokens only {fewest} steps had all of batch {share}; give more --steps"
     # The slowest replica's steps: all run at once, and a user waits for the one that serves him.
     intervals = max(found, key=statistics.median)
     batch = share * setup.num_replicas

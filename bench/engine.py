@@ -60,7 +60,12 @@ def main() -> None:
     began = time.perf_counter()
     llm = _start(job)
     write({"start": {"engine_seconds": round(time.perf_counter() - began, 1), **_kv_worker_seconds(llm, job)}})
-    cells = _cells_that_fit(llm, job)
+    room = _room(llm)
+    cells = [(context, batch) for context in job.contexts for batch in job.batches]
+    for context, batch in cells:
+        if (wanted := batch * (context + job.num_tokens)) > room:
+            write({"left_out": f"batch {batch} at {context} tokens fills {wanted:,} tokens of KV cache, of {room:,}"})
+    cells = [(context, batch) for context, batch in cells if batch * (context + job.num_tokens) <= room]
     for context, batch in cells:
         _intervals(llm, batch, context, _WARM_UP_TOKENS)
         # Seconds between steps in which every request got a token.
@@ -73,11 +78,12 @@ def main() -> None:
         print(table(ranks))
 
 
-def _cells_that_fit(llm: Any, job: EngineJob) -> list[tuple[int, int]]:
-    """(context, batch) whose sequences all fit into the KV cache at once."""
-    cache = llm.llm_engine.vllm_config.cache_config
-    room = cache.num_gpu_blocks * cache.block_size
-    return [(c, b) for c in job.contexts for b in job.batches if b * (c + job.num_tokens) <= room]
+def _room(llm: Any) -> int:
+    """Tokens that fit into the KV cache."""
+    config = llm.llm_engine.vllm_config
+    # Of context-parallel workers each holds a share of every block.
+    shares = config.parallel_config.decode_context_parallel_size
+    return int(config.cache_config.num_gpu_blocks * config.cache_config.block_size * shares)
 
 
 def _kv_worker_seconds(llm: Any, job: EngineJob) -> dict[str, list[float]]:

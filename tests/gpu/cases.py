@@ -33,9 +33,10 @@ _TP2 = EngineSpec("tp2", tensor_parallel_size=2)
 _FLOAT = EngineSpec("float32", dtype="float32", attention="TRITON_ATTN")
 _GEMMA = EngineSpec("gemma2", model="gemma2", num_roundings=4)
 _MOE = EngineSpec("mixtral", model="mixtral")
-_MQA = EngineSpec("multi_query", model="multi_query")
-_MQA_FLOAT = replace(_MQA, name="multi_query-float32", dtype="float32", attention="TRITON_ATTN")
-_FEW_HEADS = EngineSpec("two_kv_heads", model="two_kv_heads")
+_MQA_FLOAT = replace(_FLOAT, name="multi_query-float32", model="multi_query")
+# Spread weights are divided as tensor parallelism divides them, which rounds each partial sum.
+_MQA_TP2 = EngineSpec("multi_query-tp2", model="multi_query", tensor_parallel_size=2)
+_FEW_HEADS = EngineSpec("two_kv_heads", model="two_kv_heads", tensor_parallel_size=4)
 _FP8 = EngineSpec("fp8-weights", weights="fp8")
 _W4A16 = EngineSpec("w4a16", model="llama-w4a16")
 
@@ -53,7 +54,7 @@ CASES = [
     Case(_ours(_MOE, "t1p2-mixtral"), _MOE),
     Case(_ours(_FP8, "t1p2-fp8-weights"), _FP8),
     Case(_ours(_W4A16, "t1p2-w4a16"), _W4A16),
-    Case(_ours(_MQA, "t1p2-spread", variant="spread"), _MQA),
+    Case(_ours(_MQA_TP2, "t1p2-spread", variant="spread"), _MQA_TP2),
     Case(_ours(_MQA_FLOAT, "t1p2-spread-float32", variant="spread"), _MQA_FLOAT),
     Case(_ours(_FEW_HEADS, "t2p2-spread", roots=2, variant="spread"), _FEW_HEADS),
     Case(_ours(_TP1, "t1p4", ranks=4), _TP1, overlaps=True),

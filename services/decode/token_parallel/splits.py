@@ -1,10 +1,11 @@
 """How many parts FlashAttention 3 cuts each sequence of a decode step into, so that no multiprocessor is left over.
 
 A step is `rows x KV heads` pieces of work, each streamed from memory by one multiprocessor. FlashAttention cuts them
-only where one piece is more than a multiprocessor's share of all, so that 36 rows of 8 heads on 132 multiprocessors
-take three rounds, the last of which 24 of them work in. Measured on an H200, 8,192 tokens: 8.85 us a row, 7.6 at 33
-rows (two full rounds) and 7.8 at 36 rows in three parts each. Where there is less than a round, it cuts so that the
-parts make little more than one: 88 rows of one head with 32,768 tokens, in 176 halves and so two rounds, take 402 us.
+only where one piece is more than a multiprocessor's share of all, and then so that the parts make little more than one
+round: 88 rows of one head make 176 halves, of which 44 run alone on 132 multiprocessors. In three parts each they make
+two full rounds: 350 us instead of 407 for 32,768 tokens on an H200. The constants are those that fit
+`python -m bench.attention` best: by them the parts chosen take 0.7 % longer than the best ones on average, and 4 % at
+most, where FlashAttention's own take 7 and 31 %.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 _BLOCK = 128  # tokens that a piece of work advances by
-_MAX_SPLITS = 4
-_LAST_ROUND = 0.5  # least time of a round that is not full, of a full one's: few readers don't use all of the bandwidth
-_COST_OF_SPLIT = 0.015  # of a full round, to write and combine each further part
+_MAX_SPLITS = 5
+# Few readers don't use all of the bandwidth, so a round that is not full takes longer than its share of a full one.
+_LEAST_ROUND = 0.65
+_NOT_FULL = 1.15
 _FLASH_MARGIN = 1.1  # FlashAttention's own, in prepare_varlen_num_blocks_kernel
 
 
-def choose_splits(num_waves: float) -> int:
+def choose_splits(num_waves: float, num_blocks: int) -> int:
     """Parts for each of the longest sequences.
 
     Args:
         num_waves: all work, in rounds of one longest piece on each multiprocessor.
+        num_blocks: of a longest piece. To write and combine a further part costs as much as one of them.
     """
 
     def rounds(splits: int) -> float:
         full, rest = divmod(num_waves * splits, 1.0)
-        tail = max(rest, _LAST_ROUND) if rest > 1e-6 else 0.0
-        return (full + tail) / splits + _COST_OF_SPLIT * (splits - 1)
+        tail = min(1.0, max(_LEAST_ROUND, _NOT_FULL * rest)) if rest > 1e-6 else 0.0
+        return (full + tail) / splits + (splits - 1) / num_blocks
 
     return min(range(1, _MAX_SPLITS + 1), key=rounds)
 
@@ -48,7 +51,7 @@ def sm_margin(seq_lens: npt.NDArray[np.int32], num_kv_heads: int, num_sms: int) 
     if longest < 2:
         return 0
     work = int(blocks.sum()) * num_kv_heads
-    splits = choose_splits(work / (num_sms * longest))
+    splits = choose_splits(work / (num_sms * longest), longest)
     margin = num_sms - int(_FLASH_MARGIN * work / -(-longest // splits))
     if splits == 1:
         return max(0, margin)  # none where it does not cut anyway
