@@ -26,7 +26,7 @@ CASES = [
 ]
 PARTS = (1, 2, 3, 4, 5, 6, 8)
 _BLOCK, _HEAD_SIZE, _PAGE = 128, 128, 16  # tokens that FlashAttention advances by; elements; tokens
-_MOST_PARTS = 32
+_MOST_PARTS, _SPARE_PAGES = 32, 32
 _CALLS, _REPEATS = 10, 7
 
 
@@ -82,7 +82,9 @@ def _step(rows: int, tokens: int, num_kv_heads: int, num_query_heads: int) -> Ca
     query = torch.randn(rows, num_query_heads, _HEAD_SIZE, device=device, dtype=torch.bfloat16)
     lens = torch.full((rows,), tokens, device=device, dtype=torch.int32)
     starts = torch.arange(rows + 1, device=device, dtype=torch.int32)
-    block_table = torch.randperm(rows * pages, device=device).view(rows, pages).int()
+    # Wider than it need be, as vLLM's is: FlashAttention looks ahead.
+    block_table = torch.zeros(rows, pages + _SPARE_PAGES, device=device, dtype=torch.int32)
+    block_table[:, :pages] = torch.randperm(rows * pages, device=device).view(rows, pages)
 
     def with_margin(margin: int) -> Callable[[], Any]:
         plan = get_scheduler_metadata(

@@ -6,6 +6,7 @@ step of the whole batch at the given context.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -60,12 +61,12 @@ def main() -> None:
     began = time.perf_counter()
     llm = _start(job)
     write({"start": {"engine_seconds": round(time.perf_counter() - began, 1), **_kv_worker_seconds(llm, job)}})
-    room = _room(llm)
-    cells = [(context, batch) for context in job.contexts for batch in job.batches]
-    for context, batch in cells:
-        if (wanted := batch * (context + job.num_tokens)) > room:
-            write({"left_out": f"batch {batch} at {context} tokens fills {wanted:,} tokens of KV cache, of {room:,}"})
-    cells = [(context, batch) for context, batch in cells if batch * (context + job.num_tokens) <= room]
+    cells = []
+    for context, batch in itertools.product(job.contexts, job.batches):
+        if why := _misfit(llm, job, context, batch):
+            write({"left_out": why})
+        else:
+            cells.append((context, batch))
     for context, batch in cells:
         _intervals(llm, batch, context, _WARM_UP_TOKENS)
         # Seconds between steps in which every request got a token.
@@ -78,12 +79,17 @@ def main() -> None:
         print(table(ranks))
 
 
-def _room(llm: Any) -> int:
-    """Tokens that fit into the KV cache."""
+def _misfit(llm: Any, job: EngineJob, context: int, batch: int) -> str | None:
+    """Why a batch does not fit into the KV cache at once; None if it does."""
     config = llm.llm_engine.vllm_config
-    # Of context-parallel workers each holds a share of every block.
-    shares = config.parallel_config.decode_context_parallel_size
-    return int(config.cache_config.num_gpu_blocks * config.cache_config.block_size * shares)
+    # Of context-parallel workers each holds a share of every block. Ranks of one size get as many sequences each.
+    block_size = config.cache_config.block_size * config.parallel_config.decode_context_parallel_size
+    num_shares = job.token_parallel_size if job.variant == "spread" else 1
+    room = config.cache_config.num_gpu_blocks // num_shares - 1
+    wanted = -(-batch // num_shares) * -(-(context + job.num_tokens) // block_size)
+    if wanted <= room:
+        return None
+    return f"at {context} tokens batch {batch} fills {wanted:,} blocks of {block_size} tokens where there are {room:,}"
 
 
 def _kv_worker_seconds(llm: Any, job: EngineJob) -> dict[str, list[float]]:
@@ -153,12 +159,15 @@ def _trace(llm: Any, job: EngineJob, context: int, batch: int) -> int:
 
 
 def _add_requests(llm: Any, batch: int, context: int, num_tokens: int) -> None:
+    """All at once: the first would have ended before the last of many long prompts has been read."""
     from vllm import SamplingParams
 
+    llm.sleep(level=0, mode="keep")
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
     for number in range(batch):
         prompt = {"prompt_token_ids": [(number * 7 + j * 13) % 400 + 1 for j in range(context)]}
         llm.llm_engine.add_request(str(number), prompt, sampling)
+    llm.wake_up(tags=["scheduling"])
 
 
 def _intervals(llm: Any, batch: int, context: int, num_tokens: int) -> list[float]:

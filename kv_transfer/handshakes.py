@@ -29,8 +29,8 @@ _FIRST_PATIENCE, _LONGEST_PATIENCE = 0.25, 2.0
 """Seconds for the first answer; doubled with each try."""
 
 
-WarmUp = Callable[[str, tuple[int, int], str], None]
-"""Takes an engine's id, and the ranks and the agent of one of its workers."""
+WarmUp = Callable[[str, int, tuple[int, int], str], None]
+"""Takes an engine's host and port, and the ranks and the agent of one of its workers."""
 
 
 class HandshakeExecutor(Executor):
@@ -40,7 +40,7 @@ class HandshakeExecutor(Executor):
         """Args:
         give_up_after: seconds; then the requests that wait for it compute their prompts.
         on_retry: called when an engine is asked again.
-        warm_up: called with the engine's id and each of its workers and agents when the handshake is done.
+        warm_up: called for each of an engine's workers when the handshake is done.
         """
         self._give_up_after = give_up_after
         self._on_retry = on_retry
@@ -68,7 +68,7 @@ class HandshakeExecutor(Executor):
             made = handshake(*args, **kwargs)
             agents, _ = made
             for worker, agent_name in agents.items():
-                self._warm_up(engine_id, worker, agent_name)
+                self._warm_up(host, port, worker, agent_name)
         return made
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

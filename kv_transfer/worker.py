@@ -19,7 +19,7 @@ from kv_transfer.agent import make_agent
 from kv_transfer.checksum_worker import ChecksumWorker
 from kv_transfer.copies import Copies
 from kv_transfer.direct.pages import RegionIds
-from kv_transfer.handshakes import HandshakeExecutor
+from kv_transfer.handshakes import HandshakeExecutor, fetch_payload
 from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
@@ -96,7 +96,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         self._handshake_initiation_executor: Any = HandshakeExecutor(
             extra("handshake_seconds", _HANDSHAKE_SECONDS),
             lambda: self.xfer_stats.record_retry(self.rank),
-            self._warm_up if on_host else lambda *_: None,
+            self._warm_up,
         )
         self._place: RankPlace | None = get_place()
         if self._place is not None:
@@ -141,13 +141,15 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         self._path.offer(kv_caches, payload)
         self.xfer_handshake_metadata: Any = payload
 
-    def _warm_up(self, engine_id: str, worker: tuple[int, int], agent_name: str) -> None:
-        """Reads a few bytes, since UCX connects at the first read."""
-        address = self.kv_caches_base_addr[engine_id][worker[1]][0]
+    def _warm_up(self, host: str, port: int, worker: tuple[int, int], agent_name: str) -> None:
+        """Reads a few bytes of the lease table, since UCX connects at the first read; a stock engine has none."""
+        table = fetch_payload(host, port, worker).lease_table
+        if not table:
+            return
         handle = self.nixl_wrapper.initialize_xfer(
             "READ",
             self.nixl_wrapper.get_xfer_descs([(self._scratch.ctypes.data, _SCRATCH_BYTES, 0)], "DRAM"),
-            self.nixl_wrapper.get_xfer_descs([(address, _SCRATCH_BYTES, 0)], "DRAM"),
+            self.nixl_wrapper.get_xfer_descs([(table[0], _SCRATCH_BYTES, 0)], "DRAM"),
             agent_name,
         )
         self.nixl_wrapper.transfer(handle)
