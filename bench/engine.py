@@ -72,7 +72,11 @@ def main() -> None:
         # Seconds between steps in which every request got a token.
         write({"context": context, "batch": batch, "intervals": _intervals(llm, batch, context, job.num_tokens)})
     if job.trace_dir and cells:
-        num_micro_batches = _trace(llm, job, *max(cells, key=lambda cell: cell[0] * cell[1]))
+        context, batch = max(cells, key=lambda cell: cell[0] * cell[1])
+        num_micro_batches = _trace(llm, job, context, batch)
+        if not num_micro_batches:
+            write({"left_out": f"no trace, since too few steps had all of batch {batch} at {context} tokens"})
+            return
         traces = enumerate(sorted(Path(job.trace_dir).iterdir()))
         ranks = [read(trace, rank, SHAPES[job.shape].num_layers, num_micro_batches) for rank, trace in traces]
         write({"breakdown": as_json(ranks)})
@@ -142,9 +146,9 @@ def _start(job: EngineJob) -> Any:
 
 def _trace(llm: Any, job: EngineJob, context: int, batch: int) -> int:
     """Runs the batch once more and has a few steps traced in which every request gets a token; returns the number of
-    micro-batches in such a step."""
+    micro-batches in such a step, 0 if there were too few."""
     _add_requests(llm, batch, context, max(job.num_tokens, 4 * _TRACED_STEPS))
-    full_steps, num_micro_batches = 0, 1
+    full_steps, num_micro_batches = 0, 0
     while llm.llm_engine.has_unfinished_requests():
         if len(llm.llm_engine.step()) < batch:
             continue
@@ -153,8 +157,8 @@ def _trace(llm: Any, job: EngineJob, context: int, batch: int) -> int:
             llm.start_profile()
         elif full_steps == _WARM_UP_TOKENS + _TRACED_STEPS:
             llm.stop_profile()
-            if job.token_parallel_size > 1:
-                num_micro_batches = llm.token_parallel_status()[0]["num_micro_batches"]
+            is_ours = job.token_parallel_size > 1
+            num_micro_batches = llm.token_parallel_status()[0]["num_micro_batches"] if is_ours else 1
     return num_micro_batches
 
 

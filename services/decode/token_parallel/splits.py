@@ -4,8 +4,8 @@ A step is `rows x KV heads` pieces of work, each streamed from memory by one mul
 only where one piece is more than a multiprocessor's share of all, and then so that the parts make little more than one
 round: 88 rows of one head make 176 halves, of which 44 run alone on 132 multiprocessors. In three parts each they make
 two full rounds: 350 us instead of 407 for 32,768 tokens on an H200. The constants are those that fit
-`python -m bench.attention` best: by them the parts chosen take 0.7 % longer than the best ones on average, and 4 % at
-most, where FlashAttention's own take 7 and 31 %.
+`python -m bench.attention` best: by them the parts chosen take 0.5 % longer than the best ones on average, and 4 % at
+most, where FlashAttention's own take 7 and 29 %.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 _BLOCK = 128  # tokens that a piece of work advances by
 _MAX_SPLITS = 5
-# Few readers don't use all of the bandwidth, so a round that is not full takes longer than its share of a full one.
-_LEAST_ROUND = 0.65
-_NOT_FULL = 1.15
+# Few readers don't use all of the bandwidth, so a round that is not full takes longer than its share of a full one;
+# less so after others, whose last pieces it runs beside.
+_LEAST_ROUND = 0.6
+_ONLY_ROUND = 1.1
 _FLASH_MARGIN = 1.1  # FlashAttention's own, in prepare_varlen_num_blocks_kernel
 
 
@@ -33,7 +34,7 @@ def choose_splits(num_waves: float, num_blocks: int) -> int:
 
     def rounds(splits: int) -> float:
         full, rest = divmod(num_waves * splits, 1.0)
-        tail = min(1.0, max(_LEAST_ROUND, _NOT_FULL * rest)) if rest > 1e-6 else 0.0
+        tail = min(1.0, max(_LEAST_ROUND, rest if full else _ONLY_ROUND * rest)) if rest > 1e-6 else 0.0
         return (full + tail) / splits + (splits - 1) / num_blocks
 
     return min(range(1, _MAX_SPLITS + 1), key=rounds)
