@@ -20,7 +20,7 @@ from kv_transfer.checksum_worker import ChecksumWorker
 from kv_transfer.copies import Copies
 from kv_transfer.direct.pages import RegionIds
 from kv_transfer.handshakes import HandshakeExecutor, fetch_payload
-from kv_transfer.identity import HandshakePayload, LeaseTable, Offer
+from kv_transfer.identity import ROW_BYTES, HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
 from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
@@ -42,7 +42,6 @@ _PROGRESS_REST_MICROSECONDS = 1_000
 _HANDSHAKE_SECONDS = 15.0
 """After which requests that wait for a prefill engine's handshake compute their prompts (`handshake_seconds`)."""
 _WARM_UP_SECONDS = 1.0
-_SCRATCH_BYTES = 64
 
 _IDLE_WAIT_SECONDS = 0.005
 """How long a step that has nothing to compute waits for copies between GPUs, which take milliseconds. vLLM's engine
@@ -90,7 +89,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         self._checks = LeaseChecks(agent, needs_checksums=checksums.is_on())
         self._lease_table = LeaseTable()
         self._lease_slots: dict[str, int] = {}
-        self._scratch = np.zeros(_SCRATCH_BYTES, dtype=np.uint8)
+        self._scratch = np.zeros(ROW_BYTES, dtype=np.uint8)
         vllm_executor: Any = self._handshake_initiation_executor
         vllm_executor.shutdown(wait=False)
         self._handshake_initiation_executor: Any = HandshakeExecutor(
@@ -142,14 +141,14 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         self.xfer_handshake_metadata: Any = payload
 
     def _warm_up(self, host: str, port: int, worker: tuple[int, int], agent_name: str) -> None:
-        """Reads a few bytes of the lease table, since UCX connects at the first read; a stock engine has none."""
+        """Reads the lease table's first row, since UCX connects at the first read; a stock engine has no table."""
         table = fetch_payload(host, port, worker).lease_table
         if not table:
             return
         handle = self.nixl_wrapper.initialize_xfer(
             "READ",
-            self.nixl_wrapper.get_xfer_descs([(self._scratch.ctypes.data, _SCRATCH_BYTES, 0)], "DRAM"),
-            self.nixl_wrapper.get_xfer_descs([(table[0], _SCRATCH_BYTES, 0)], "DRAM"),
+            self.nixl_wrapper.get_xfer_descs([(self._scratch.ctypes.data, ROW_BYTES, 0)], "DRAM"),
+            self.nixl_wrapper.get_xfer_descs([(table[0], ROW_BYTES, 0)], "DRAM"),
             agent_name,
         )
         self.nixl_wrapper.transfer(handle)
