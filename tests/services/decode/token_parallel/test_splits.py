@@ -9,7 +9,7 @@ import pytest
 
 from services.decode.token_parallel.splits import choose_splits, sm_margin
 
-MEASURED = json.loads(Path("bench/results/attention-h200.json").read_text())
+MEASURED = json.loads((Path(__file__).parents[4] / "bench/results/attention-h200.json").read_text())
 NUM_SMS: int = MEASURED["num_sms"]
 MOST = 5
 
