@@ -75,6 +75,7 @@ def decode(
         if output is not None:  # after each setup, so that an interrupted run leaves what it had
             output.parent.mkdir(parents=True, exist_ok=True)
             record = {
+                **known,
                 "environment": environment(),
                 "rows": known.get("rows", []) + [vars(row) for row in measured.rows],
                 "starts": {**known.get("starts", {}), **measured.starts},

@@ -136,15 +136,15 @@ def _row(
     plan: Plan, setup: Setup, context: int, share: int, replicas: Sequence[Sequence[dict[str, Any]]]
 ) -> Row | str | None:
     """One cell; why it can't be true; or None where the batch does not fit into the KV cache at once."""
+    batch = share * setup.num_replicas
     cell = {"context": context, "batch": share}
     found = [line["intervals"] for lines in replicas for line in lines if cell.items() <= line.items()]
     if len(found) < setup.num_replicas:
         return None
     if (fewest := min(map(len, found))) < _LEAST_STEPS:
-        return f"at {context} tokens only {fewest} steps had all of batch {share}; give more --steps"
+        return f"at {context} tokens only {fewest} steps had all of batch {batch}; give more --steps"
     # The slowest replica's steps: all run at once, and a user waits for the one that serves him.
     intervals = max(found, key=statistics.median)
-    batch = share * setup.num_replicas
     step = statistics.median(intervals)
     floor = setup.floor_seconds(SHAPES[plan.shape], batch, context, plan.bytes_per_second)
     if step < floor:

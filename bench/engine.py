@@ -63,7 +63,7 @@ def main() -> None:
     write({"start": {"engine_seconds": round(time.perf_counter() - began, 1), **_kv_worker_seconds(llm, job)}})
     cells = []
     for context, batch in itertools.product(job.contexts, job.batches):
-        if why := _misfit(llm, job, context, batch):
+        if why := misfit(llm, job, context, batch):
             write({"left_out": why})
         else:
             cells.append((context, batch))
@@ -83,13 +83,13 @@ def main() -> None:
         print(table(ranks))
 
 
-def _misfit(llm: Any, job: EngineJob, context: int, batch: int) -> str | None:
+def misfit(llm: Any, job: EngineJob, context: int, batch: int) -> str | None:
     """Why a batch does not fit into the KV cache at once; None if it does."""
     config = llm.llm_engine.vllm_config
     # Of context-parallel workers each holds a share of every block. Ranks of one size get as many sequences each.
     block_size = config.cache_config.block_size * config.parallel_config.decode_context_parallel_size
     num_shares = job.token_parallel_size if job.variant == "spread" else 1
-    room = config.cache_config.num_gpu_blocks // num_shares - 1
+    room = (config.cache_config.num_gpu_blocks - job.token_parallel_size) // num_shares  # less each pool's null block
     wanted = -(-batch // num_shares) * -(-(context + job.num_tokens) // block_size)
     if wanted <= room:
         return None

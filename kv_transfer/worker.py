@@ -141,14 +141,22 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         self.xfer_handshake_metadata: Any = payload
 
     def _warm_up(self, host: str, port: int, worker: tuple[int, int], agent_name: str) -> None:
-        """Reads the lease table's first row, since UCX connects at the first read; a stock engine has no table."""
-        table = fetch_payload(host, port, worker).lease_table
-        if not table:
-            return
+        """Reads the lease table's first row, since UCX connects at the first read; a stock engine has no table.
+
+        Where that fails the first request connects, so it fails nothing else.
+        """
+        try:
+            table = fetch_payload(host, port, worker).lease_table
+            if table:
+                self._read_first_row(table[0], agent_name)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the handshake was good
+            logger.warning("prefill worker %d/%d at %s:%d was not read ahead: %r", *worker, host, port, error)
+
+    def _read_first_row(self, address: int, agent_name: str) -> None:
         handle = self.nixl_wrapper.initialize_xfer(
             "READ",
             self.nixl_wrapper.get_xfer_descs([(self._scratch.ctypes.data, ROW_BYTES, 0)], "DRAM"),
-            self.nixl_wrapper.get_xfer_descs([(table[0], ROW_BYTES, 0)], "DRAM"),
+            self.nixl_wrapper.get_xfer_descs([(address, ROW_BYTES, 0)], "DRAM"),
             agent_name,
         )
         self.nixl_wrapper.transfer(handle)

@@ -73,7 +73,7 @@ class _Run:
     hidden_share: float
 
 
-CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS = 5.0
 """In which engines that were told of one another have connected, in the background."""
 
 OFFER = {
@@ -131,7 +131,7 @@ def _warm_up(pair: _Engines) -> tuple[float, float]:
         pair.decode.ask("generate", 1, 64, seed, None)
     if pair.path != "stock":
         pair.decode.ask("meet", pair.prefill.ask("peer"))
-        time.sleep(CONNECT_SECONDS)
+        time.sleep(_CONNECT_SECONDS)
     bare = _bare_step(pair, 99)
     first, second = (_hand_over(pair, 1, 1024, seed).seconds - bare for seed in (99, 100))
     return first, second

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from bench import cli, decode
-from bench.engine import EngineJob
+from bench.engine import EngineJob, misfit
 from bench.setups import Setup
 
 Intervals = dict[str, dict[int, list[list[float]]]]
@@ -75,6 +77,39 @@ def test_the_best_alternative_is_sought_at_its_own_largest_batch(monkeypatch: py
         ("t1p4", 8, 1.0),
         ("t1p4", 16, 2.0),
     ]
+    assert measured.refused[0] == "tiny tp4: at 64 tokens only 0 steps had all of batch 16; give more --steps"
+
+
+@pytest.mark.parametrize(
+    ("job", "batch", "why"),
+    [
+        # 1,000 blocks of 16 tokens; 64 + 16 tokens are 5 of them.
+        (EngineJob("tiny", (64,), 1, 1, (), num_tokens=16), 199, None),
+        (EngineJob("tiny", (64,), 1, 1, (), num_tokens=16), 200, "1,000 blocks of 16 tokens where there are 999"),
+        (EngineJob("tiny", (64,), 2, 1, (), 2, num_tokens=16), 333, None),  # blocks of 32 tokens
+        (EngineJob("tiny", (64,), 1, 4, (), num_tokens=16), 199, None),
+        # Of four ranks each has 250 blocks, one of which is the null block.
+        (EngineJob("tiny", (64,), 1, 4, (), variant="spread", num_tokens=16), 196, None),
+        (EngineJob("tiny", (64,), 1, 4, (), variant="spread", num_tokens=16), 197, "250 blocks of 16 tokens"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_left_out(job: EngineJob, batch: int, why: str | None) -> None:
+    parallel = SimpleNamespace(decode_context_parallel_size=job.decode_context_parallel_size)
+    cache = SimpleNamespace(block_size=16, num_gpu_blocks=1000)
+    config = SimpleNamespace(parallel_config=parallel, cache_config=cache)
+    found = misfit(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config)), job, 64, batch)
+    assert (found is None) if why is None else (found is not None and why in found)
+
+
+def test_what_a_record_holds_beside_rows_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"rows": [], "earlier_rows": [1]}))
+    monkeypatch.setattr(decode, "compare", lambda plan: [decode.Measured(left_out=["t1p2: too large"])])
+    given = ["decode", "--setup", "t1p2", "--output", str(record), "--log-dir", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, given)
+    assert result.exit_code == 0, result.output
+    assert "t1p2: too large" in result.output
+    assert json.loads(record.read_text())["earlier_rows"] == [1]
 
 
 def test_a_batch_that_replicas_cannot_share_equally_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

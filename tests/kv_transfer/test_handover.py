@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_
 from kv_transfer import spin
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
+from kv_transfer.worker import TokenParallelConnectorWorker
 from tests.kv_transfer.pair import (
     BYTES_PER_BLOCK,
     Pair,
@@ -343,6 +344,21 @@ def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pai
     tokens = prompt(100, 1)
     assert both.hand_over(tokens, both.offer(tokens)) == 1
     assert both.settle() == []
+
+
+def test_an_engine_that_could_not_be_read_ahead_is_read_all_the_same(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(TokenParallelConnectorWorker, "_read_first_row", refuse)
+    both = pair()
+    tokens = prompt(100, 1)
+    with vllm_log(caplog.handler):
+        assert both.hand_over(tokens, both.offer(tokens)) == 1
+    assert both.settle() == []
+    assert "was not read ahead: TimeoutError('no answer')" in caplog.text
 
 
 @pytest.mark.parametrize("block_size", [BLOCK_SIZE, 2 * BLOCK_SIZE])

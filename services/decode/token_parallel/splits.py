@@ -3,8 +3,8 @@
 A step is `rows x KV heads` pieces of work, each streamed from memory by one multiprocessor. FlashAttention cuts them
 only where one piece is more than a multiprocessor's share of all, and then so that the parts make little more than one
 round: 88 rows of one head make 176 halves, of which 44 run alone on 132 multiprocessors. In three parts each they make
-two full rounds: 350 us instead of 407 for 32,768 tokens on an H200. The constants are those that fit
-`python -m bench.attention` best: by them the parts chosen take 0.5 % longer than the best ones on average, and 4 % at
+two full rounds: 350 us instead of 407 for 32,768 tokens on an H200. The constants are fitted to
+`python -m bench.attention`: by them the parts chosen take 0.3 % longer than the best ones on average, and 4 % at
 most, where FlashAttention's own take 7 and 29 %.
 """
 
@@ -19,8 +19,8 @@ _BLOCK = 128  # tokens that a piece of work advances by
 _MAX_SPLITS = 5
 # Few readers don't use all of the bandwidth, so a round that is not full takes longer than its share of a full one;
 # less so after others, whose last pieces it runs beside.
-_LEAST_ROUND = 0.6
-_ONLY_ROUND = 1.1
+_LEAST_ROUND = 0.65
+_ONLY_ROUND = 1.2
 _FLASH_MARGIN = 1.1  # FlashAttention's own, in prepare_varlen_num_blocks_kernel
 
 
@@ -29,7 +29,7 @@ def choose_splits(num_waves: float, num_blocks: int) -> int:
 
     Args:
         num_waves: all work, in rounds of one longest piece on each multiprocessor.
-        num_blocks: of a longest piece. To write and combine a further part costs as much as one of them.
+        num_blocks: that a longest piece has. A further part costs as much as one of them, to write and to combine.
     """
 
     def rounds(splits: int) -> float:

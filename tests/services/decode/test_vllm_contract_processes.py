@@ -32,8 +32,8 @@ KV_WORKER = "services/decode/token_parallel/kv_worker.py"
 GROUP = "services/decode/token_parallel/group.py"
 
 REFUSED = {
-    "sleep": "sleep mode is refused at start",
-    "wake_up": "sleep mode is refused at start",
+    "sleep": "sleep mode is refused at start; level 0, which the benchmark uses, reaches no worker",
+    "wake_up": "sleep mode is refused at start; level 0, which the benchmark uses, reaches no worker",
     "discard": "sleep mode is refused at start",
     "elastic_ep_execute": "elastic expert parallelism is refused at start",
     "reinitialize_distributed": "elastic expert parallelism; of the Ray executor only",

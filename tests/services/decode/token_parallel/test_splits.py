@@ -21,7 +21,7 @@ def flash_attention_parts(num_blocks: int, work: int, num_sms: int, margin: int)
 
 
 def time_of_choice(row: dict[str, Any]) -> float:
-    """Of one that was measured, in microseconds."""
+    """What attention took when it was cut as is chosen for this row, in microseconds."""
     lens = np.full(row["rows"], row["tokens"], np.int32)
     if not sm_margin(lens, row["num_kv_heads"], NUM_SMS):
         return float(row["own_us"])
