@@ -137,7 +137,7 @@ def _microseconds(call: Callable[[], Any]) -> float:
         for _ in range(_CALLS):
             call()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(_REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -83,7 +83,8 @@ class Handoff:
                     raise CantContinue(NoContinuation.SWITCHED_OFF)
                 self._transcript = Transcript(request)
             except CantContinue as reason:
-                self._no_continuation = reason
+                # Its traceback leads back here: a cycle, in which every such request would stay for minutes.
+                self._no_continuation = reason.with_traceback(None)
 
     async def run(self) -> None:
         """Answers the client. Raises RouterError when it can't; what was sent until then stands in the reply."""

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
+from typing import Any
 
 import aiohttp
+import pytest
 
+from router.handoff import Handoff
 from tests.router.conftest import StartStack
 from tests.router.running import wait_for
 from tests.router.scripted_engine import MODEL, NUM_CHUNKS, chunk, hang_up, raw_stream
@@ -50,3 +54,30 @@ def test_an_engine_that_dies_under_load_loses_no_request(start_stack: StartStack
     whole = b"".join(chunk(i) for i in range(NUM_CHUNKS)) + b"data: [DONE]\n\n"
     assert Counter(bodies) == {whole: 60}
     wait_for(stack.router.is_idle)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True},
+        {"stream": True, "seed": 1},  # which another engine could not go on with
+        {"stream": True, "n": 2},
+        {"stream": True, "echo": True},  # prefilled where it is decoded
+        {"stream": False},
+        {"stream": False, "user": "u"},
+    ],
+    ids=lambda fields: " ".join(fields),
+)
+def test_a_request_leaves_nothing_for_the_garbage_collector(start_stack: StartStack, fields: dict[str, Any]) -> None:
+    stack = start_stack()
+    assert stack.router.complete(**fields).status == 200
+    wait_for(stack.router.is_idle)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            assert stack.router.complete(**fields).status == 200
+        wait_for(stack.router.is_idle)
+        wait_for(lambda: not any(type(known) is Handoff for known in gc.get_objects()))
+    finally:
+        gc.enable()
