@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from services.decode.token_parallel.splits import BLOCK, margin_for
+
 CASES = [
     # (tokens, KV heads, query heads, rows)
     (8_192, 1, 24, (16, 32, 44, 52, 66, 88, 104, 120, 140)),
@@ -25,7 +27,7 @@ CASES = [
     (1_024, 1, 24, (52, 104)),
 ]
 PARTS = (1, 2, 3, 4, 5, 6, 8)
-_BLOCK, _HEAD_SIZE, _PAGE = 128, 128, 16  # tokens that FlashAttention advances by; elements; tokens
+_HEAD_SIZE, _PAGE = 128, 16  # elements; tokens
 _MOST_PARTS, _SPARE_PAGES = 32, 32
 _CALLS, _REPEATS = 10, 7
 
@@ -49,18 +51,12 @@ class AttentionRow:
     terabytes_per_second: float
 
 
-def margin_for(parts: int, rows: int, tokens: int, num_kv_heads: int, num_sms: int) -> int:
-    """The `sm_margin` with which FlashAttention cuts sequences of one length into so many parts, where their blocks can
-    be divided so: see splits.sm_margin."""
-    blocks = -(-tokens // _BLOCK)
-    return num_sms - int(1.1 * rows * blocks * num_kv_heads / -(-blocks // parts))
-
-
 def measure(num_sms: int) -> Iterator[AttentionRow]:
     for tokens, num_kv_heads, num_query_heads, row_counts in CASES:
         for rows in row_counts:
             step = _step(rows, tokens, num_kv_heads, num_query_heads)
-            margins = {parts: margin_for(parts, rows, tokens, num_kv_heads, num_sms) for parts in PARTS}
+            blocks = tokens // BLOCK
+            margins = {parts: margin_for(parts, rows * blocks * num_kv_heads, blocks, num_sms) for parts in PARTS}
             us = {parts: _microseconds(step(margin)) for parts, margin in margins.items() if margin < num_sms}
             num_bytes = rows * tokens * num_kv_heads * _HEAD_SIZE * 2 * 2
             yield AttentionRow(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK = 128  # tokens that a piece of work advances by
+BLOCK = 128  # tokens that a piece of work advances by
 _MAX_SPLITS = 5
 # Few readers don't use all of the bandwidth, so a round that is not full takes longer than its share of a full one;
 # less so after others, whose last pieces it runs beside.
@@ -40,6 +40,12 @@ def choose_splits(num_waves: float, num_blocks: int) -> int:
     return min(range(1, _MAX_SPLITS + 1), key=rounds)
 
 
+def margin_for(splits: int, work: int, num_blocks: int, num_sms: int) -> int:
+    """The `sm_margin` with which FlashAttention cuts sequences of `num_blocks` blocks into so many parts, where they
+    can be divided so; `work` is the blocks of all sequences and KV heads."""
+    return num_sms - int(_FLASH_MARGIN * work / -(-num_blocks // splits))
+
+
 def sm_margin(seq_lens: npt.NDArray[np.int32], num_kv_heads: int, num_sms: int) -> int:
     """The `sm_margin` by which `get_scheduler_metadata` cuts sequences into the parts that suit this step.
 
@@ -47,13 +53,13 @@ def sm_margin(seq_lens: npt.NDArray[np.int32], num_kv_heads: int, num_sms: int) 
     more blocks than that. So a negative margin makes the parts smaller, and one above 0 larger; nothing else depends
     on it.
     """
-    blocks = -(-seq_lens.astype(np.int64) // _BLOCK)
+    blocks = -(-seq_lens.astype(np.int64) // BLOCK)
     longest = int(blocks.max(initial=0))
     if longest < 2:
         return 0
     work = int(blocks.sum()) * num_kv_heads
     splits = choose_splits(work / (num_sms * longest), longest)
-    margin = num_sms - int(_FLASH_MARGIN * work / -(-longest // splits))
+    margin = margin_for(splits, work, longest, num_sms)
     if splits == 1:
         return max(0, margin)  # none where it does not cut anyway
     return min(0, margin) if splits == _MAX_SPLITS else margin  # it may know better where there is hardly any work
