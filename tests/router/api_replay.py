@@ -179,10 +179,10 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.api.pause)
 
     def cut(self, sending: str) -> None:
-        self.is_over = self.close_connection = True
         raw = sending.encode()[: len(sending) // 2]
         if raw:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(raw), raw))
+        self.is_over = self.close_connection = True  # from here on the handler's own thread may close the connection
         with contextlib.suppress(OSError):  # the client was faster
             self.connection.shutdown(socket.SHUT_RDWR)
 
