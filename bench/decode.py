@@ -17,6 +17,7 @@ from typing import Any
 from bench.engine import EngineJob
 from bench.setups import Setup
 from bench.shapes import SHAPES
+from tknp.common.devices import visible_devices
 
 H200_BYTES_PER_SECOND = 4.8e12
 """Datasheet; what is faster than it allows was not measured."""
@@ -176,9 +177,10 @@ def _run_replicas(setup: Setup, job: EngineJob, log_dir: Path) -> list[list[dict
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     running = []
+    gpus = visible_devices()
     for replica in range(setup.num_replicas):
         first = replica * setup.gpus_per_replica
-        devices = ",".join(str(device) for device in range(first, first + setup.gpus_per_replica))
+        devices = ",".join(gpus[first : first + setup.gpus_per_replica])
         log = log_dir / f"{job.shape}-{setup.name}-{replica}.log"
         results = log.with_suffix(".jsonl")
         results.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from bench.breakdown import as_json, read, table
 from bench.shapes import SHAPES
 
 _WARM_UP_TOKENS, _TRACED_STEPS = 8, 12
+_SETTLING_STEPS = 4
+"""At the beginning of a batch, until the host has done with its requests, which came all at once."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def _intervals(llm: Any, batch: int, context: int, num_tokens: int) -> list[floa
         if is_full and previous is not None:
             intervals.append(now - previous)
         previous = now if is_full else None
-    return intervals
+    # In the last step all requests end, and the host frees what they held.
+    return intervals[_SETTLING_STEPS:-1]
 
 
 if __name__ == "__main__":

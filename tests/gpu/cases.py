@@ -37,6 +37,7 @@ _MQA_FLOAT = replace(_FLOAT, name="multi_query-float32", model="multi_query")
 # Spread weights are divided as tensor parallelism divides them, which rounds each partial sum.
 _MQA_TP2 = EngineSpec("multi_query-tp2", model="multi_query", tensor_parallel_size=2)
 _FEW_HEADS = EngineSpec("two_kv_heads", model="two_kv_heads", tensor_parallel_size=4)
+_FEW_HEADS_FLOAT = replace(_FLOAT, name="two_kv_heads-float32", model="two_kv_heads", tensor_parallel_size=4)
 _FP8 = EngineSpec("fp8-weights", weights="fp8")
 _W4A16 = EngineSpec("w4a16", model="llama-w4a16")
 
@@ -57,6 +58,7 @@ CASES = [
     Case(_ours(_MQA_TP2, "t1p2-spread", variant="spread"), _MQA_TP2),
     Case(_ours(_MQA_FLOAT, "t1p2-spread-float32", variant="spread"), _MQA_FLOAT),
     Case(_ours(_FEW_HEADS, "t2p2-spread", roots=2, variant="spread"), _FEW_HEADS),
+    Case(_ours(_FEW_HEADS_FLOAT, "t2p2-spread-float32", roots=2, variant="spread"), _FEW_HEADS_FLOAT),
     Case(_ours(_TP1, "t1p4", ranks=4), _TP1, overlaps=True),
     Case(_ours(_TP2, "t2p2", roots=2), _TP2, overlaps=True),
     Case(_ours(_TP2, "t2p2-serial", roots=2, variant="serial"), _TP2),

@@ -14,6 +14,10 @@ its logits softly divides, takes the tanh and multiplies, each time in the logit
 
 A control holds the rule itself to account: plain vLLM against plain vLLM with other chunks. Where the control differs
 by more than one step, so may we, by as much as it does.
+
+Beside that stands how far the logits of all tokens that were compared are apart, as the root of the mean of their
+squares: thousands of numbers where the rule above has a few dozen, of which it takes the largest. It decides nothing.
+Rounding of another order leaves it about as large as the control's; anything wrong, however rare, does not.
 """
 
 from __future__ import annotations
@@ -57,12 +61,14 @@ class Comparison:
 
     Attributes:
         num_compared: tokens up to the first difference of each answer.
+        rms_steps: between the logits of the best tokens there, in rounding steps.
     """
 
     num_answers: int
     num_tokens: int
     num_compared: int
     differences: list[Difference]
+    rms_steps: float = 0.0
 
     @property
     def most_steps(self) -> float:
@@ -84,16 +90,22 @@ def compare(reference: Sequence[Answer], found: Sequence[Answer], dtype: str) ->
     if [len(a.tokens) for a in reference] != [len(a.tokens) for a in found]:
         raise ValueError(f"{len(found)} answers are compared with {len(reference)}, or with some of another length")
     differences, num_compared = [], 0
+    squares: list[float] = []
     for number, (expected, answer) in enumerate(zip(reference, found, strict=True)):
         pairs = enumerate(zip(expected.tokens, answer.tokens, strict=True))
         first = next((position for position, (one, other) in pairs if one != other), None)
         num_compared += len(expected.tokens) if first is None else first
+        for one, another in zip(expected.logits[:first], answer.logits[:first], strict=False):
+            squares += [
+                ((another[token] - one[token]) / step_at(one[token], dtype)) ** 2 for token in one.keys() & another
+            ]
         if first is not None:
             best = expected.logits[first]
             chosen = best[expected.tokens[first]]
             other = best.get(answer.tokens[first], -math.inf)
             differences.append(Difference(number, first, (chosen - other) / step_at(chosen, dtype)))
-    return Comparison(len(found), sum(len(a.tokens) for a in found), num_compared, differences)
+    rms_steps = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+    return Comparison(len(found), sum(len(a.tokens) for a in found), num_compared, differences, rms_steps)
 
 
 def verdict(ours: Comparison, control: Comparison | None, num_roundings: int = 1) -> str | None:

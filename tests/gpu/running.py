@@ -18,6 +18,7 @@ from tests.gpu.cases import Case
 from tests.gpu.compare import Answer, Comparison, compare, verdict
 from tests.gpu.engine import EngineSpec
 from tests.gpu.models import make_model
+from tknp.common.devices import visible_devices
 
 START_AND_RUN_SECONDS = 400
 _ROOT = Path(__file__).parents[2]
@@ -115,7 +116,8 @@ def _run(engine: EngineSpec, model: Path, devices: Devices, directory: Path) -> 
     result.unlink(missing_ok=True)
     with devices.lent(engine.num_gpus) as mine, log.open("w") as output:
         command = [sys.executable, "-m", "tests.gpu.engine", engine.as_argument(), str(model), str(result)]
-        environment = {**_environment(directory), "CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
+        gpus = visible_devices()
+        environment = {**_environment(directory), "CUDA_VISIBLE_DEVICES": ",".join(gpus[index] for index in mine)}
         try:
             subprocess.run(
                 command, stdout=output, stderr=output, env=environment, timeout=START_AND_RUN_SECONDS, check=True
@@ -156,13 +158,16 @@ def _environment(directory: Path) -> dict[str, str]:
 
 def table(rows: Sequence[tuple[Case, str | None, Comparison | None, Comparison | None]]) -> str:
     """For people."""
-    lines = [f"{'case':18} {'same':>7} {'compared':>11} {'most steps':>11} {'control':>8}  verdict"]
+    lines = [
+        f"{'case':18} {'same':>7} {'compared':>11} {'most steps':>11} {'control':>8} {'rms':>6} {'control':>8}  verdict"
+    ]
     for case, wrong, found, control in rows:
         if found is None or control is None:
-            cells = f"{'':7} {'':11} {'':11} {'':8}"
+            cells = " " * 56  # of what is below
         else:
             same = f"{found.num_answers - len(found.differences)}/{found.num_answers}"
             compared = f"{found.num_compared}/{found.num_tokens}"
-            cells = f"{same:>7} {compared:>11} {found.most_steps:11.1f} {control.most_steps:8.1f}"
+            most = f"{found.most_steps:11.1f} {control.most_steps:8.1f}"
+            cells = f"{same:>7} {compared:>11} {most} {found.rms_steps:6.2f} {control.rms_steps:8.2f}"
         lines.append(f"{case.ours.name:18} {cells}  {wrong or 'equal'}")
     return "\n".join(lines)

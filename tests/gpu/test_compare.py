@@ -29,6 +29,13 @@ def test_answers_are_compared_up_to_their_first_difference() -> None:
         compare(reference, [*found[:2], Answer([8, 8], [])], "bfloat16")
 
 
+def test_how_far_logits_are_apart_counts_where_the_answers_are_the_same() -> None:
+    reference = [Answer([1, 2], [{1: 9.0, 4: 8.0}, {2: 9.0}]), Answer([3], [{3: 9.0}])]
+    found = [Answer([1, 5], [{1: 9.0625, 4: 8.0625}, {5: 20.0}]), Answer([3], [{3: 9.125, 6: 1.0}])]
+    assert compare(reference, found, "bfloat16").rms_steps == pytest.approx(((1 + 1 + 4) / 3) ** 0.5)
+    assert compare(reference, reference, "bfloat16").rms_steps == 0.0
+
+
 def test_a_token_that_is_not_among_the_reference_s_best_is_no_tie() -> None:
     comparison = compare([Answer([1], [{1: 9.0, 2: 9.0}])], [Answer([3], [])], "bfloat16")
     assert verdict(comparison, None) is not None

@@ -11,7 +11,6 @@ import pytest
 
 from tknp.common.ports import choose_ports
 from tknp.launch.defaults import environment, is_given, is_small, vllm_options
-from tknp.launch.devices import assign_devices, visible_devices
 from tknp.launch.options import CannotServeError, ServeOptions
 from tknp.launch.places import Place
 from tknp.launch.plan import ChildSpec, Role, plan_children
@@ -116,13 +115,6 @@ def test_on_ray_only_an_engine_with_ranks_spreads_over_nodes(
 def test_a_tensor_parallel_size_that_is_no_number_is_refused(options: ServeOptions) -> None:
     with pytest.raises(CannotServeError, match="--tensor-parallel-size is a positive number, not 'two'"):
         plan_children(dataclasses.replace(options, vllm_args=("--tensor-parallel-size", "two")), "/scratch")
-
-
-def test_a_machine_without_gpus_offers_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert visible_devices() == []
-    assert assign_devices([], []) == []
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-
 from tknp.launch.options import CannotServeError
-
-
-def visible_devices() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name on this machine; empty without a GPU."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [device.strip() for device in chosen.split(",") if device.strip()]
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(index) for index in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
 
 
 def assign_devices(needs: list[int], devices: list[str]) -> list[list[str]]:

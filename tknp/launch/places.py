@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tknp.common.devices import visible_devices
 from tknp.common.ports import choose_ports
-from tknp.launch.devices import assign_devices, visible_devices
+from tknp.launch.devices import assign_devices
 
 
 @dataclass(frozen=True)
