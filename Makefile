@@ -39,8 +39,8 @@ test: install browser prometheus ## Everything that CI runs; stops at the first 
 soak: install ## Mixed traffic, hang-ups and engine faults on the real stack (PRESET=short, thousand or hour)
 	$(VENV)/bin/python -m tests.soak $(PRESET) --log-dir logs/soak --output logs/soak/summary.json
 
-test-long: install ## Two minutes that CI has no room for: two engines of each kind, which change their roles
-	TKNP_TEST_LONG=1 $(VENV)/bin/pytest tests/e2e/test_shapes.py -k several_engines
+test-long: install ## Three minutes that CI has no room for: two engines of each kind, which change their roles, and more of them
+	TKNP_TEST_LONG=1 $(VENV)/bin/pytest tests/e2e/test_shapes.py -k 'several_engines or one_by_two'
 
 test-gpu: install ## Greedy tokens on this machine's GPUs against plain vLLM's: a minute a case, for as many GPUs as there are
 	$(VENV)/bin/python -m tests.gpu --log-dir logs/gpu

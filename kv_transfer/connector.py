@@ -27,9 +27,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBase
 from kv_transfer import idle
 from kv_transfer.metadata import TransferReport
 from kv_transfer.metrics import TransferMetrics, TransferStats
+from kv_transfer.rank_offers import engine_id_of
 from kv_transfer.scheduler import TokenParallelConnectorScheduler
 from kv_transfer.streaming_worker import StreamingConnectorWorker
-from tknp.common.partition import get_partition
+from tknp.common.partition import get_partition, get_place
 
 
 class TokenParallelKVConnector(NixlPullConnector):
@@ -50,13 +51,17 @@ class TokenParallelKVConnector(NixlPullConnector):
         if vllm_config.kv_transfer_config.get_from_extra_config("bidirectional_kv_xfer", False):
             raise ValueError(
                 "bidirectional_kv_xfer can't be had with TokenParallelKVConnector: what decode engines keep for the "
-                "next turn is not told apart by rank, nor checked to be that turn's prompt; leave it out"
+                "next turn is not told apart by rank, nor checked to be that turn's prompt; leave it out, and use the "
+                "router's --pull-back-tokens"
             )
         if role == KVConnectorRole.SCHEDULER:
             idle.install()
             self.connector_scheduler = TokenParallelConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
-            self.connector_worker = StreamingConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+            engine_id = self.engine_id
+            if (place := get_place()) is not None and vllm_config.kv_transfer_config.is_kv_producer:
+                engine_id = engine_id_of(engine_id, place.rank)
+            self.connector_worker = StreamingConnectorWorker(vllm_config, engine_id, kv_cache_config)
 
     def save_kv_layer(self, layer_name: str, *args: Any, **kwargs: Any) -> None:
         """vLLM has launched a layer's attention."""

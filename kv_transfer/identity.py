@@ -143,7 +143,8 @@ class LeaseSlots:
         self._tables: dict[tuple[int, int], LeaseTableAddress] = {}
 
     def know(self, payloads: Mapping[tuple[int, int], Any]) -> None:
-        """Takes the workers' tables from their handshake metadata."""
+        """Takes the workers' tables from their handshake metadata, by (token-parallel or pipeline rank, tensor-parallel
+        rank)."""
         self._tables = {
             worker: LeaseTableAddress(*payload.lease_table)
             for worker, payload in payloads.items()
@@ -154,10 +155,15 @@ class LeaseSlots:
     def has_room(self) -> bool:
         return bool(self._free)
 
-    def take(self, request_id: str, prompt_token_ids: Sequence[int]) -> Offer:
-        """A slot for the request's lease, and what to tell its reader."""
+    def take(self, request_id: str, prompt_token_ids: Sequence[int], rank: int = 0) -> Offer:
+        """A slot for the request's lease, and what to tell its reader.
+
+        Args:
+            rank: token-parallel rank that keeps it.
+        """
         slot = self._taken[request_id] = self._free.popleft()
-        return Offer(slot, self._generations[slot], prompt_digest(prompt_token_ids), self._tables)
+        tables = {(0, shard): table for (owner, shard), table in self._tables.items() if owner == rank}
+        return Offer(slot, self._generations[slot], prompt_digest(prompt_token_ids), tables)
 
     def slot_of(self, request_id: str) -> int:
         return self._taken[request_id]

@@ -52,6 +52,7 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         step: int | None = None,
         ended: set[str] | None = None,
         chunks: dict[str, Chunk] | None = None,
+        keepers: dict[str, int] | None = None,
     ) -> None:
         """Args:
         base: vLLM's own, whose content is taken over.
@@ -63,6 +64,7 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         step: its number, which the workers report when they have computed it; None if nothing is streamed from here.
         ended: requests whose KV cache is streamed to here, and that have ended.
         chunks: what is computed of those that are streamed from here, by stream.
+        keepers: token-parallel ranks of `base.reqs_in_batch`, whose KV cache is to be kept for others.
         """
         self.__dict__.update(base.__dict__)
         self.pulls = pulls
@@ -73,6 +75,7 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
         self.step = step
         self.ended = ended or set()
         self.chunks = chunks or {}
+        self.keepers = keepers or {}
 
 
 @dataclass(frozen=True)

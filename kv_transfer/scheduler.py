@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
@@ -18,6 +19,7 @@ from kv_transfer.identity import OFFER_PARAM, LeaseSlots, Offer, prompt_digest
 from kv_transfer.lease_check import Stale
 from kv_transfer.metadata import Pull, TokenParallelConnectorMetadata, TransferRecord
 from kv_transfer.metrics import TransferStats
+from kv_transfer.rank_offers import RankOffers, of_rank
 from kv_transfer.stream_source import StreamSource
 from tknp.common.partition import get_partition
 from tknp.common.ports import wait_until_free
@@ -30,6 +32,9 @@ NUM_READERS_PARAM = "tknp_num_readers"
 """Key in `kv_transfer_params`: the `n` of the client's request."""
 LEASE_ID_PARAM = "tknp_lease_id"
 """Key in `kv_transfer_params` of a prefill leg: the router's name for the KV cache that is then kept."""
+
+PULLED_BACK_PARAM = "tknp_pulled_back"
+"""Key in a prefill engine's answer, true if it pulled what the request brought an offer of, and so ended its lease."""
 
 STREAM_PARAM = "tknp_stream"
 """Key in `kv_transfer_params`: of a prefill leg, true if it is to be streamed (kv_transfer.stream_source); of a decode
@@ -46,8 +51,10 @@ _STEP_REST_SECONDS = 0.001
 """vLLM's own."""
 _PULL_REST_SECONDS = 0.0001
 """While KV cache is under way between GPUs; others' threads need the interpreter, too."""
-_LEASE_REST_SECONDS = 0.05
-"""While nothing but leases is left; that much later their blocks are free."""
+_LEASE_REST_SECONDS, _OLD_LEASE_REST_SECONDS = 0.05, 0.25
+"""While nothing but leases is left, and while the last one was given more than `_FRESH_SECONDS` ago; that much later
+their blocks are free. A request, or a release, ends the rest at once."""
+_FRESH_SECONDS = 1.0
 _LISTEN_AGAIN_SECONDS = 0.1
 _PORT_PATIENCE_SECONDS = 30.0
 """The engine that had the port before may not have ended yet."""
@@ -71,12 +78,37 @@ def _stream_of(params: dict[str, Any] | None) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _is_peer(params: dict[str, Any]) -> bool:
+    """Whether an offer says, in values of the right kinds, where it is to be had."""
+    texts = (params.get(name) for name in ("remote_engine_id", "remote_request_id", "remote_host"))
+    numbers = [params.get("remote_port"), *(params.get(name, 1) for name in ("tp_size", "dcp_size", "pp_size"))]
+    return all(isinstance(one, str) for one in texts) and all(type(one) is int and one > 0 for one in numbers)
+
+
+def _is_pulled_back(params: dict[str, Any] | None) -> bool:
+    """Whether a prefill leg brings an offer of its prompt's beginning, as of a decode engine that has it."""
+    return bool(params and params.get("do_remote_decode") and params.get("remote_block_ids"))
+
+
 class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
     """vLLM's pull scheduler, with an owner for every pull."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._partition = get_partition()
+        transfer = vllm_config.kv_transfer_config
+        self._ranks: RankOffers | None = None
+        if self._partition is not None and transfer.is_kv_producer:
+            self._ranks = RankOffers(self._partition, engine_id)
+        # A step that still writes to blocks must not meet a pull to them; see services.compatibility.kv_roles. What is
+        # computed once more behind a pull must not change what was pulled, as the state of a Mamba layer.
+        self._prefills_after_pull = (
+            transfer.is_kv_producer
+            and transfer.is_kv_consumer
+            and not self.use_host_buffer
+            and not self._prefill_backoff()
+        )
+        self._pulled_back: dict[str, bool] = {}  # of a request that brought an offer: whether all of it is here
         self._owners: dict[str, int] = {}
         self._names: dict[str, str] = {}
         self._lease_ids: dict[str, str] = {}
@@ -89,19 +121,23 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._source: StreamSource | None = None
         self._num_steps = 0
         self._ended_streams: set[str] = set()
+        self._last_kept = 0.0  # by time.monotonic()
         self._stats = TransferStats()
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
 
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         self._slots.know(metadata)
-        if self._source is None and self.vllm_config.kv_transfer_config.is_kv_producer:
+        if self._partition is None and self._source is None and self.vllm_config.kv_transfer_config.is_kv_producer:
             is_plain = not (self._is_hma_required or self._has_mamba or self.use_host_buffer)
             self._source = StreamSource(self.side_channel_host, is_plain)
             for payload in metadata.values():
                 payload.streams = self._source.address
         # vLLM would wait for its listener for ever.
         wait_until_free(self.side_channel_host, self.side_channel_port, _PORT_PATIENCE_SECONDS)
-        super().set_xfer_handshake_metadata(metadata)
+        super().set_xfer_handshake_metadata(metadata if self._partition is None else of_rank(metadata, 0))
+        if self._ranks is not None:
+            address = self.side_channel_host, self.side_channel_port
+            self._ranks.listen(metadata, self._nixl_handshake_listener, self._stop_event, address)
 
     @staticmethod
     def _nixl_handshake_listener(
@@ -124,9 +160,10 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
 
     def on_new_request(self, request: Any) -> None:
         params = request.kv_transfer_params
-        if self._partition is not None and params and params.get("do_remote_decode"):
-            # Ranks that keep KV for others would each report it, but the engine listens to a request's owner only.
-            logger.warning("request %s wants its KV cache kept, which a decode engine does not do", request.request_id)
+        if self._partition is not None and self._ranks is None and params and params.get("do_remote_decode"):
+            logger.warning(
+                "request %s wants its KV cache kept, which a decode engine does only with --kv-both", request.request_id
+            )
             request.kv_transfer_params = None
         stream = _stream_of(params)
         if params and stream and all(name in params for name in _PEER_PARAMS):
@@ -135,6 +172,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         super().on_new_request(request)
         if params and params.get("do_remote_prefill"):
             self._examine(request, params)
+        elif _is_pulled_back(request.kv_transfer_params):
+            self._examine_pulled_back(request)
         wanted = request.kv_transfer_params or {}
         if self._source is not None and wanted.get("do_remote_decode") and wanted.get(STREAM_PARAM) is True:
             self._source.open(request.request_id, str(wanted.get(LEASE_ID_PARAM)))
@@ -153,24 +192,71 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             # vLLM's pull connector reads from one stage of a pipeline only.
             self._refuse(request, f"the prefill engine is a pipeline of {params['pp_size']} stages")
 
+    def _examine_pulled_back(self, request: Any) -> None:
+        params, tokens = request.kv_transfer_params, request.prompt_token_ids or ()
+        offer, num_tokens = Offer.from_param(params.get(OFFER_PARAM)), params.get("remote_num_tokens")
+        is_whole = offer is not None and _is_peer(params) and self._has_blocks_of(params, num_tokens)
+        if not self._prefills_after_pull or not is_whole:
+            # Not so much is sure as whom to tell: its lease ends by itself, or the router ends it.
+            params["remote_block_ids"] = None
+            reason = "its offer is not whole" if self._prefills_after_pull else "this engine does not pull (--kv-both)"
+            logger.warning("request %s computes its prompt, of which a rank keeps some: %s", request.request_id, reason)
+        elif offer is not None and offer.prompt != prompt_digest(tokens[:num_tokens]):
+            self._stats.record_stale(0, Stale.OTHER_PROMPT)
+            self._refuse(request, "it belongs to another prompt")
+        else:
+            # As with an offer of a prefill engine; vLLM keeps leases alive for those only.
+            asked = SimpleNamespace(
+                request_id=request.request_id,
+                kv_transfer_params={**params, "do_remote_prefill": True, "do_remote_decode": False},
+            )
+            super().on_new_request(asked)
+
+    def _has_blocks_of(self, params: dict[str, Any], num_tokens: Any) -> bool:
+        groups = params["remote_block_ids"]
+        return (
+            isinstance(num_tokens, int)
+            and num_tokens > 0
+            and isinstance(groups, list | tuple)
+            and len(groups) == len(self.kv_cache_config.transfer_groups)
+            and all(isinstance(ids, list) and all(type(one) is int and one >= 0 for one in ids) for ids in groups)
+            # Its blocks are as large as those here, or smaller.
+            and max(map(len, groups)) * self.block_size >= num_tokens
+        )
+
     def _refuse(self, request: Any, reason: str) -> None:
         logger.warning("request %s computes its prompt, whose KV cache is not pulled: %s", request.request_id, reason)
         self._refused.add(request.request_id)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        if request.request_id in self._refused:
+        params = request.kv_transfer_params or {}
+        # vLLM asks again for one that was preempted, or whose pull failed, and would wait for ever.
+        was_pulled = params.get("do_remote_decode") and params.get("_remote_blocks_processed")
+        if was_pulled or request.request_id in self._refused:
             # As with a prompt that is all here, the prefill engine is then told that it can let its KV go.
             return 0, False
         matched: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return matched
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        is_pulling_back = self._prefills_after_pull and _is_pulled_back(request.kv_transfer_params)
+        # vLLM's name for what a decode engine keeps after each answer; here it is what a request brings with it.
+        self.is_bidirectional_kv_xfer_enabled = is_pulling_back
         super().update_state_after_alloc(request, blocks, num_external_tokens)
-        self._refused.discard(request.request_id)
-        if self._partition is not None and request.request_id in self._reqs_need_recv:
+        self.is_bidirectional_kv_xfer_enabled = False
+        request_id = request.request_id
+        self._refused.discard(request_id)
+        is_read, is_kept = request_id in self._reqs_need_recv, request_id in self._reqs_in_batch
+        if is_pulling_back and is_read:
+            # Where all of it is here, its rank is only told so.
+            self._pulled_back[request_id] = not num_external_tokens
+        if self._partition is not None and (is_read or (is_kept and self._ranks is not None)):
             # Prefix hits are among the blocks, so that a request whose KV is all here already has an owner too.
-            owner = self._partition.rank_of_all(b.block_id for group in blocks.blocks for b in group)
-            self._owners[request.request_id] = owner or 0
+            owner = self._partition.rank_of_all(b.block_id for group in blocks.blocks for b in group) or 0
+            if is_read:
+                self._owners[request_id] = owner
+            if is_kept and self._ranks is not None:
+                self._ranks.place(request_id, owner)
 
     def build_connector_meta(self, scheduler_output: Any) -> TokenParallelConnectorMetadata:
         requests = {r: request for r, (request, *_) in self._reqs_need_recv.items()}
@@ -208,6 +294,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             step=self._num_steps if self._source is not None and self._source.has_streams else None,
             ended=ended,
             chunks=chunks,
+            keepers={r: self._ranks.keeper_of(r) for r in base.reqs_in_batch} if self._ranks is not None else None,
         )
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -223,6 +310,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
                 self.records.popitem(last=False)
         for request_id in connector_output.finished_recving or ():
             self._names.pop(request_id, None)
+            if request_id in self._pulled_back:
+                self._pulled_back[request_id] = request_id not in (connector_output.failed_recving or ())
         for request_id in connector_output.failed_recving or ():
             self._handovers.forget(request_id)
         self._slots.end(connector_output.finished_sending or ())
@@ -238,7 +327,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             has_unfinished: requests, which wait for their KV cache or for room.
         """
         if not has_unfinished:
-            return _LEASE_REST_SECONDS
+            is_fresh = time.monotonic() - self._last_kept < _FRESH_SECONDS
+            return _LEASE_REST_SECONDS if is_fresh else _OLD_LEASE_REST_SECONDS
         return _PULL_REST_SECONDS if self._names and not current_platform.is_cpu() else _STEP_REST_SECONDS
 
     def take_stats(self) -> TransferStats:
@@ -250,6 +340,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         request_id = request.request_id
         self._owners.pop(request_id, None)
         self._refused.discard(request_id)
+        was_pulled_back = self._pulled_back.pop(request_id, False)
         self._trusted_until.pop(request_id, None)
         self._handovers.forget(request_id)
         wanted = request.kv_transfer_params or {}
@@ -261,8 +352,17 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             wanted["do_remote_prefill"] = False
             self._ended_streams.add(request_id)
         is_kept, params = super().request_finished(request, block_ids)
+        rank = 0
+        if self._ranks is not None:
+            rank = self._ranks.keeper_of(request_id)
+            self._ranks.forget(request_id)
         if is_kept and params is not None:
-            params[OFFER_PARAM] = self._slots.take(request_id, request.prompt_token_ids or ()).to_param()
+            self._last_kept = time.monotonic()
+            if self._ranks is not None:
+                params = self._ranks.as_of_rank(params, rank)
+            if was_pulled_back:
+                params[PULLED_BACK_PARAM] = True
+            params[OFFER_PARAM] = self._slots.take(request_id, request.prompt_token_ids or (), rank).to_param()
             if self._sums_blocks:
                 self._lease_blocks[request_id] = params["remote_block_ids"]
             if isinstance(lease_id := wanted.get(LEASE_ID_PARAM), str):
@@ -275,3 +375,5 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         if self._source is not None:
             self._source.close()
         super().shutdown()
+        if self._ranks is not None:
+            self._ranks.close()

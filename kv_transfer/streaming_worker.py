@@ -93,6 +93,7 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
         # Micro-batches pass each layer one after the other.
         is_layered = set(self.region_names) == set(kv_caches) and not self.vllm_config.parallel_config.use_ubatching
         is_layered &= not self.use_host_buffer  # which is filled after the step
+        is_layered &= self._place is None  # ranks offer what is complete
         if is_layered and transfer.get_from_extra_config("stream_layers", on_gpu):
             self._layers = LayerSource(self.side_channel, self.region_names, on_gpu)
             self.xfer_handshake_metadata.tells_layers = True

@@ -198,6 +198,9 @@ class TokenParallelConnectorWorker(ChecksumWorker):
                 self._ensure_handshake(engine_id, peer.host, peer.port, peer.tp_size, peer.dcp_size, peer.pp_size)
             metadata.heartbeat_by_engine = {}
         self._lease_ids.update(metadata.lease_ids)
+        elsewhere = {r for r, keeper in metadata.keepers.items() if keeper != self.rank}
+        metadata.reqs_in_batch = metadata.reqs_in_batch - elsewhere
+        self._reqs_to_process -= elsewhere  # where it was before it was preempted
         if self._begun or self._reqs_to_send:
             self._silence_limit.apply()
         super().start_load_kv(metadata)
@@ -207,7 +210,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
                 if self._sum_table is not None:
                     self._sum_table.write(metadata.lease_blocks[request_id])
                     self._lease_table.mark_ready(slot)
-            else:  # it was read to its end before this worker heard that it was kept
+            else:  # it was read to its end before this worker heard that it was kept, or another rank keeps it
                 self._lease_table.end(slot)
         spin.rest(metadata.idle and bool(self._reqs_to_send) and not self._begun)
         if metadata.idle:

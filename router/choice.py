@@ -40,6 +40,8 @@ class Chooser:
         self.roles_with_prefixes = {role for role, name in names.items() if name == "prefix_aware"}
         if settings.local_prefill_tokens:
             self.roles_with_prefixes.add(Role.DECODE)
+        if settings.pull_back_tokens:
+            self.roles_with_prefixes |= set(Role)
         self.looks_at_prefixes = bool(self.roles_with_prefixes)
         self.serves_decode_only = settings.decode_only
 

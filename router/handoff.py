@@ -14,7 +14,7 @@ from router.continuation import Transcript
 from router.demand import given_token_ids
 from router.errors import ClientStalled, EngineFailure, EngineRejected, FailureKind, RouterError
 from router.leases import Lease
-from router.legs import decode_body, kv_params, prefill_body
+from router.legs import PULLED_BACK, decode_body, kv_params, prefill_body
 from router.lifetime import Attempt, Moment
 from router.prompt import prompt_fields
 from router.relay import StreamRelay, relay_whole
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from router.leases import LeaseReleaser
     from router.lifetime import RequestRecord
     from router.metrics import RouterMetrics
+    from router.pull_back import Kept, PullBack
     from router.reply import Reply
     from router.retries import RetryBudget
     from router.settings import RouterSettings
@@ -60,6 +61,7 @@ class Fleet:
     tokenizer: PromptTokenizer
     hosts: EngineHosts
     introductions: Introductions
+    pull_back: PullBack
 
 
 class Handoff:
@@ -73,6 +75,7 @@ class Handoff:
         self._reply = reply
         self._local_prefill = request.local_prefill
         self._lease: Lease | None = None  # KV cache that a prefill engine may be keeping for this request
+        self._kept: Lease | None = None  # and a decode engine for the prefill engine
         self._prefilled_by: Engine | None = None
         self._tried: set[Endpoint] = set()
         self._transcript: Transcript | None = None
@@ -193,6 +196,11 @@ class Handoff:
         if self._local_prefill is None and not holds_kv:
             engine = self._choose(Role.PREFILL)
             lease = await self._new_lease(engine)
+            if (kept := await self._fleet.pull_back.keep(engine, self._request)) is not None:
+                self._kept = kept.lease
+                await self._prefill_rest(engine, lease, kept)
+                await self._decode(self._choose(Role.DECODE))
+                return
             reader = self._reader_of_stream(engine)
             if params := stream_params(self._fleet.introductions.peer(engine, reader), lease.id) if reader else None:
                 assert reader is not None
@@ -214,19 +222,32 @@ class Handoff:
         lease = self._lease = Lease(self._request.id, engine.endpoint)
         return lease
 
-    async def _prefill(self, engine: Engine, lease: Lease, *, is_streamed: bool = False) -> None:
+    async def _prefill_rest(self, engine: Engine, lease: Lease, kept: Kept) -> None:
+        """`kept`: the prompt's beginning, by a decode engine."""
+        try:
+            await self._prefill(engine, lease, kept=kept.lease.params)
+        except EngineFailure as failure:
+            if not failure.reached_engine:
+                kept.lease.readers.clear()
+            raise
+        self._kept = None
+        if lease.params is None or not lease.params.get(PULLED_BACK):  # else its pull has ended the lease
+            kept.lease.readers.clear()
+            self._fleet.releaser.release(kept.lease, None)
+            self._fleet.pull_back.fail(engine, kept.engine)
+
+    async def _prefill(
+        self, engine: Engine, lease: Lease, *, is_streamed: bool = False, kept: JsonObject | None = None
+    ) -> None:
         endpoint = engine.endpoint
-        body = prefill_body(self._request, lease.id, is_streamed=is_streamed)
+        body = prefill_body(self._request, lease.id, is_streamed=is_streamed, kept=kept)
         with self._leg(engine), engine_failures(endpoint):
             async with asyncio.timeout(self._fleet.settings.prefill_timeout):
                 self._mark(Moment.PREFILL_SENT)
                 response = await post(self._fleet.session, endpoint, self._request, body, self._record.leg_headers())
                 async with response:
                     answer = await response.read()
-            try:
-                params = kv_params(answer)
-            except ValueError as error:
-                raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object") from error
+            params = kv_params(endpoint, answer)
             await self._fleet.hosts.check(endpoint, params)
             lease.params = params
             self._mark(Moment.PREFILL_DONE)
@@ -269,17 +290,18 @@ class Handoff:
 
     async def _end_attempt_before(self) -> None:
         """Waits a little for its end: engines know both attempts by one id, and what ends one must not end the next."""
-        released = self._give_back()
-        if released is not None:
-            await asyncio.wait({released}, timeout=PATIENCE)
+        if released := self._give_back():
+            await asyncio.wait(released, timeout=PATIENCE)
 
-    def _give_back(self) -> asyncio.Task[None] | None:
-        """Sees to it that no prefill engine keeps KV cache for this request."""
-        lease, self._lease = self._lease, None
-        if lease is None:
-            return None
-        alive = self._fleet.pool.alive(Role.DECODE, self._request.model)
-        return self._fleet.releaser.release(lease, alive[0].endpoint if alive else None)
+    def _give_back(self) -> list[asyncio.Task[None]]:
+        """Sees to it that no engine keeps KV cache for this request. Returns what may be waited for."""
+        lease, kept = self._lease, self._kept
+        self._lease = self._kept = None
+        released = [] if kept is None else [self._fleet.releaser.release(kept, None)]
+        if lease is not None:
+            alive = self._fleet.pool.alive(Role.DECODE, self._request.model)
+            released.append(self._fleet.releaser.release(lease, alive[0].endpoint if alive else None))
+        return released
 
     def _mark(self, moment: Moment) -> None:
         # A continuation does not undo what the client saw: its moments remain those of the first engines. Nor does a

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from router.errors import EngineFailure, FailureKind
 from router.types import Api
 
 if TYPE_CHECKING:
-    from router.types import GenerationRequest, JsonObject
+    from router.types import Endpoint, GenerationRequest, JsonObject
 
 # Meant for the answer, which is the decode leg's. `logprob_token_ids` is refused by vLLM without `logprobs`; and a
 # seeded request whose prefill is chunked kills vLLM 0.32.0 on CPU ("CPU Generator does not use offset").
@@ -38,14 +39,37 @@ REMOTE_DECODE: JsonObject = {
 }
 
 
-def prefill_body(request: GenerationRequest, lease_id: str, *, is_streamed: bool = False) -> bytes:
-    """One token, not streamed, with the KV cache kept under a lease of this name; `is_streamed` is about that cache."""
+PULLED_BACK = "tknp_pulled_back"
+"""In a prefill engine's answer, if it pulled what it was offered (kv_transfer.scheduler)."""
+
+OFFER_FIELDS = (
+    *("remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids", "remote_num_tokens"),
+    *("tp_size", "dcp_size", "pp_size", "tknp_offer"),
+)
+"""Of a kept KV cache: where it is, and what."""
+
+
+def kept_body(model: str, token_ids: list[int], lease_id: str) -> bytes:
+    """A prompt's beginning, which a decode engine has, to be kept for a prefill engine (router.pull_back)."""
+    params = {**REMOTE_DECODE, "tknp_lease_id": lease_id}
+    body = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "kv_transfer_params": params}
+    return orjson.dumps(body)
+
+
+def prefill_body(
+    request: GenerationRequest, lease_id: str, *, is_streamed: bool = False, kept: JsonObject | None = None
+) -> bytes:
+    """One token, not streamed, with the KV cache kept under a lease of this name; `is_streamed` is about that cache.
+
+    `kept`: what a decode engine keeps of the prompt's beginning.
+    """
     body = {name: value for name, value in request.body.items() if name not in ANSWER_FIELDS}
     if request.api is Api.RESPONSES:
         body |= {**_of_response(request), "stream": False, "max_output_tokens": 1}
     else:
         body |= {"stream": False, "max_tokens": 1, "n": 1}
-    body["kv_transfer_params"] = {**REMOTE_DECODE, "tknp_lease_id": lease_id}
+    offered = {name: kept[name] for name in OFFER_FIELDS if name in kept} if kept is not None else {}
+    body["kv_transfer_params"] = {**REMOTE_DECODE, **offered, "tknp_lease_id": lease_id}
     if is_streamed:
         body["kv_transfer_params"]["tknp_stream"] = True
     if "max_completion_tokens" in body:
@@ -53,14 +77,17 @@ def prefill_body(request: GenerationRequest, lease_id: str, *, is_streamed: bool
     return orjson.dumps(body)
 
 
-def kv_params(reply: bytes) -> JsonObject | None:
-    """The `kv_transfer_params` of a prefill engine's answer, None if it kept nothing.
+def kv_params(endpoint: Endpoint, reply: bytes) -> JsonObject | None:
+    """The `kv_transfer_params` of an engine's answer, None if it kept nothing.
 
-    Raises ValueError if the answer is not a JSON object.
+    Raises EngineFailure if the answer is not a JSON object.
     """
-    parsed: Any = orjson.loads(reply)
+    try:
+        parsed: Any = orjson.loads(reply)
+    except ValueError:
+        parsed = None
     if not isinstance(parsed, dict):
-        raise ValueError("not a JSON object")
+        raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object")
     params = parsed.get("kv_transfer_params")
     return params if isinstance(params, dict) and params else None
 

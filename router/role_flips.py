@@ -6,15 +6,16 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-import aiohttp
-import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from router.balance import History, Patience, PoolLoad, decide
 from router.fit import misfit
+from router.kv_roles import kv_roles
 from router.types import Role
 
 if TYPE_CHECKING:
+    import aiohttp
+
     from router.engines import Engine, EnginePool
     from router.membership import Membership
     from router.settings import RouterSettings
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL = 1.0  # s between two looks at the pools' loads
-ASK_TIMEOUT = 5.0  # s for an engine to say which roles it can take
 
 
 class RoleFlips:
@@ -89,7 +89,7 @@ class RoleFlips:
         givers = self._taking(role.other)
         for engine in sorted(givers, key=lambda engine: engine.load.num_tokens):
             others = [other for other in givers if other is not engine]
-            if not self._is_spare(engine, others) or role not in await self._roles_of(engine):
+            if not self._is_spare(engine, others) or role not in (await kv_roles(self._session, engine) or ()):
                 continue
             # While it was asked, the pool may have lost others, or this one.
             left = self._taking(role.other)
@@ -113,14 +113,3 @@ class RoleFlips:
         if engine.endpoint.role is Role.PREFILL:
             return any(misfit(other, engine) is None for other in others)
         return any(misfit(engine, other) is None for other in others)
-
-    async def _roles_of(self, engine: Engine) -> set[str]:
-        """What it says at GET /kv_roles; nothing of an engine that does not say, such as a stock vLLM server."""
-        try:
-            async with asyncio.timeout(ASK_TIMEOUT):
-                async with self._session.get(f"{engine.endpoint.url}/kv_roles", allow_redirects=False) as response:
-                    raw = await response.read()
-            return set(orjson.loads(raw)["roles"]) if response.status == 200 else set()
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError, TypeError, KeyError) as error:
-            logger.warning("%s could not be asked for the roles that it can take: %r", engine.endpoint.name, error)
-            return set()

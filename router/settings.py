@@ -160,6 +160,13 @@ class RouterSettings(DiscoverySettings):
         description="Prompt tokens, not counting those that a decode engine has cached, up to which it prefills by "
         "itself; 0 for never: where a hand-off costs more than a prefill depends on model and network.",
     )
+    pull_back_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens of a prompt's beginning that a decode engine has cached and the prefill engine has not, "
+        "from which the prefill engine pulls them instead of computing them; 0 for never. Engines need --kv-both and "
+        "--kv-events-config.",
+    )
     decode_only: bool = Field(
         default=True,
         description="Serve from decode engines alone while no prefill engine is up; slower is better than not at all.",

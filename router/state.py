@@ -29,6 +29,7 @@ from router.load_metrics import LoadCollector
 from router.logs import log_request
 from router.membership import Membership
 from router.metrics import RouterMetrics, StateCollector
+from router.pull_back import PullBack
 from router.records import RecordStore
 from router.retries import RetryBudget
 from router.role_flips import RoleFlips
@@ -101,6 +102,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
         membership = Membership(pool, records, hosts, metrics)
         introductions = Introductions(pool, session, settings, hosts)
         discovery = make_discovery(settings, registry)
+        pull_back = PullBack(pool, session, settings, hosts, releaser, registry)
         transfers = TransferRecorder(session, metrics, partial(_conclude, tracing))
         watchers = [
             asyncio.create_task(work)
@@ -108,6 +110,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
                 HealthChecker(pool, session, settings).run(),
                 KvPoller(pool, session, settings).run(),
                 introductions.run(),
+                pull_back.run(),
                 KvEventWatcher(pool, session, pool.chooser.roles_with_prefixes).run(),
                 membership.run(),
                 discovery.run(membership.found),
@@ -125,6 +128,7 @@ async def open_state(settings: RouterSettings) -> AsyncIterator[RouterState]:
                 PromptTokenizer(pool, session),
                 hosts,
                 introductions,
+                pull_back,
             )
             yield RouterState(
                 settings,

@@ -66,12 +66,25 @@ async def post(
     """The engine's 200, its body not read yet. Raises EngineFailure or EngineRejected for every other answer.
 
     `trace_headers` are this leg's; without them the client's own go to the engine.
+    """
+    return await post_to(session, endpoint, request.api, request.id, body, trace_headers or request.trace_headers)
+
+
+async def post_to(
+    session: aiohttp.ClientSession,
+    endpoint: Endpoint,
+    path: str,
+    request_id: str,
+    body: bytes,
+    trace_headers: TraceHeaders,
+) -> aiohttp.ClientResponse:
+    """As `post`, of what is not the client's request itself.
 
     Cancelling closes the connection, which makes vLLM abort the request.
     """
-    headers = {"X-Request-Id": request.id, **dict(trace_headers or request.trace_headers)}
+    headers = {"X-Request-Id": request_id, **dict(trace_headers)}
     data = aiohttp.BytesPayload(body, content_type="application/json")  # else aiohttp tries every type that it knows
-    response = await session.post(endpoint.url + request.api, data=data, headers=headers, allow_redirects=False)
+    response = await session.post(endpoint.url + path, data=data, headers=headers, allow_redirects=False)
     if response.status == 200:
         return response
     async with response:

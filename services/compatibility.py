@@ -36,3 +36,8 @@ def kv_roles(vllm_config: Any) -> list[str]:
         return []
     is_able = {"prefill": transfer.is_kv_producer, "decode": transfer.is_kv_consumer}
     return [role for role, able in is_able.items() if able]
+
+
+def is_token_parallel(vllm_config: Any) -> bool:
+    """Whether its KV cache is divided among ranks, by the worker that our options name (engine_args.py)."""
+    return str(vllm_config.parallel_config.worker_cls).startswith("services.decode.token_parallel.")

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict
 
+from services.compatibility import is_token_parallel
 from services.engine_call import answered
 from services.release import KVLeaseWorker, engine_of
 
@@ -63,6 +64,8 @@ async def _read(request: Request) -> KVPeer:
     transfer, parallel = config.kv_transfer_config, config.parallel_config
     if transfer is None or not transfer.is_kv_producer:
         raise HTTPException(404, "this engine offers no KV cache")
+    if is_token_parallel(config):
+        raise HTTPException(404, "this engine's ranks are reached one by one, as each of their offers says")
     return KVPeer(
         engine_id=transfer.engine_id,
         host=envs.VLLM_NIXL_SIDE_CHANNEL_HOST,

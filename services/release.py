@@ -1,7 +1,7 @@
 """What a router asks of an engine beside tokens: to drop a request that came to nothing, and the KV cache kept for it.
 
 `POST /requests/{id}/abort`        every engine; answers once the engine knows nothing of the request any more
-`POST /kv_leases/{id}/release`     prefill engines; the KV cache under this lease goes with the next step
+`POST /kv_leases/{id}/release`     engines that keep KV cache; what is under this lease goes with the next step
 `GET  /kv_roles`                   every engine; whether it can prefill for others, decode for them, or both
 
 Without them a client that hangs up between a prefill engine's answer and the decode engine's acceptance would leave its
@@ -17,7 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 
-from services.compatibility import kv_roles
+from services.compatibility import is_token_parallel, kv_roles
 from services.engine_call import answered
 
 
@@ -74,7 +74,8 @@ async def _read_roles(request: Request) -> dict[str, list[str]]:
 
 async def _release(request: Request, lease_id: str) -> Response:
     engine = engine_of(request)
-    if engine.vllm_config.parallel_config.worker_extension_cls not in _RELEASING:
+    config = engine.vllm_config
+    if config.parallel_config.worker_extension_cls not in _RELEASING and not is_token_parallel(config):
         raise HTTPException(404, "this engine keeps no KV cache under a lease that can be released")
     await answered(engine.collective_rpc("release_kv_lease", args=(lease_id,)))
     return Response(status_code=204)

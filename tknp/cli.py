@@ -38,7 +38,11 @@ SideChannelPort = Annotated[
 
 
 KvBoth = Annotated[
-    bool, typer.Option("--kv-both", help="Let a router with --flip-roles use this engine for prefill and for decode.")
+    bool,
+    typer.Option(
+        "--kv-both",
+        help="Keep KV cache for others and pull theirs: for a router's --flip-roles and --pull-back-tokens.",
+    ),
 ]
 
 
@@ -182,8 +186,6 @@ def decode(
     on each, with its own --node-rank.
     """
     model = _checked_model(model)
-    if kv_both and token_parallel_size > 1:
-        _fail("--kv-both needs --token-parallel-size 1: token-parallel ranks keep no KV cache for other engines")
     from services.decode.service import run_decode
     from services.decode.token_parallel.options import Nodes, UnsupportedConfigurationError
 

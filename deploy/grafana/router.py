@@ -112,6 +112,12 @@ def _legs() -> Row:
                 PER_SECOND,
                 Query(total(rate("tknp_local_prefill_requests_total"), "reason"), "{{reason}}"),
             ),
+            graph(
+                "Pulled back, by what became of it",
+                "Prompts whose beginning a decode engine was asked to keep; 0 without --pull-back-tokens.",
+                PER_SECOND,
+                Query(total(rate("tknp_pull_backs_total"), "end"), "{{end}}"),
+            ),
         ],
     )
 

@@ -24,6 +24,7 @@ MAY_BE_ZERO = {
     "Offers that were not used": "none is too old here",
     "Prefill engines asked again": "they answer at once here",
     "Engines that changed their role": "none was started with --kv-both here",
+    "Pulled back, by what became of it": "no router was started with --pull-back-tokens here",
     "Repeated": "no engine dies here",
     "Requests that wait for KV cache": "a pull takes 30 ms here, and scrapes are 1 s apart",
     "KV cache in use": "prompts are gone after 100 ms here, and scrapes are 1 s apart",

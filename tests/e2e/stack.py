@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from router.legs import OFFER_FIELDS, REMOTE_DECODE
 from tests.e2e.processes import Service, start_router, wait_for
-from tests.e2e.suite import Ask, answers
+from tests.e2e.suite import Ask, answer, answers
 
 
 @dataclass
@@ -47,6 +48,21 @@ class Stack:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"KV still held after {seconds:.0f} s: {'; '.join(held)}")
             time.sleep(pause)
+
+    def answer_after_pulling_back(self, ask: Ask, num_tokens: int) -> list[list[int]]:
+        """The answer to a completion, of whose prompt the prefill engine pulls the beginning from the decode engine, as
+        the router has it done (router.pull_back); both need --kv-both."""
+        prompt = ask.body["prompt"]
+        kept = self._kept_by(self.decode, prompt[:num_tokens], {})
+        offered = {name: kept[name] for name in OFFER_FIELDS}
+        params = self._kept_by(self.prefill, prompt, offered)
+        return answer(self.decode, Ask(ask.path, {**ask.body, "kv_transfer_params": params}))
+
+    def _kept_by(self, engine: Service, prompt: list[int], offered: dict[str, Any]) -> dict[str, Any]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        reply = engine.post("/v1/completions", {**body, "kv_transfer_params": {**REMOTE_DECODE, **offered}})
+        params: dict[str, Any] = reply.json()["kv_transfer_params"]
+        return params
 
     def transfer(self, request_id: str) -> dict[str, Any]:
         """Rank and bytes of one request's KV transfer."""

@@ -22,8 +22,8 @@ from tests.e2e.processes import (
     start_router,
     wait_for,
 )
-from tests.e2e.stack import running
-from tests.e2e.suite import answers, around_boundaries, completion, crowd
+from tests.e2e.stack import Stack, running
+from tests.e2e.suite import Ask, answer, answers, around_boundaries, completion, crowd
 from tknp.common.ports import free_port
 
 Models = Callable[[str], Path]
@@ -42,7 +42,7 @@ def start_stock_prefill(model: Path, log_dir: Path) -> Service:
 def test_three_ranks_fed_by_a_stock_prefill_engine(models: Models, log_dir: Path, plain_llama: Expected) -> None:
     model = models("llama")
     # 34 blocks a rank hold one request of the longest kind: the crowd has to wait, and to be preempted, rank by rank.
-    decode = start_decode(model, log_dir, 3, "--num-gpu-blocks-override", "102")
+    decode = start_decode(model, log_dir, 3, "--num-gpu-blocks-override", "102", "--kv-both")
     with running(start_stock_prefill(model, log_dir), decode, log_dir) as stack:
         assert [rank["num_blocks"] for rank in stack.ranks()] == [33, 33, 33], "less one null block each"
         for asks, at_once in ((around_boundaries(seed=1), 2), (crowd(seed=2), 32), (expected.long_answers(), 9)):
@@ -61,22 +61,11 @@ def test_sliding_window_with_two_kv_cache_groups(models: Models, log_dir: Path, 
         stack.wait_idle()
 
 
-def test_prefill_on_one_gpu_decode_on_two_by_two(models: Models, log_dir: Path, plain_llama: Expected) -> None:
-    model = models("llama")
-    decode = start_decode(model, log_dir, 2, "--tensor-parallel-size", "2")
-    with running(start_prefill(model, log_dir), decode, log_dir) as stack:
-        asks = [*around_boundaries(seed=1), *crowd(seed=2)[:8]]
-        assert answers(stack.router, asks, 8) == plain_llama(asks)
-        ranks = [rank["rank"] for rank in stack.ranks()]
-        assert ranks == [0, 0, 1, 1], "worker rank = token-parallel rank x tensor-parallel size + tensor-parallel rank"
-        stack.wait_idle()
-
-
 def test_weights_spread_over_two_by_two(models: Models, log_dir: Path) -> None:
     model = models("two_kv_heads")
     options = ("--tensor-parallel-size", "2", "--token-parallel-weights", "spread", "--num-gpu-blocks-override", "68")
-    decode = start_decode(model, log_dir, 2, *options)
-    with running(start_prefill(model, log_dir), decode, log_dir) as stack:
+    decode = start_decode(model, log_dir, 2, *options, "--kv-both")
+    with running(start_prefill(model, log_dir, "--kv-both"), decode, log_dir) as stack:
         for asks, at_once in (
             (around_boundaries(seed=1), 2),
             (crowd(seed=2)[:12], 12),
@@ -88,9 +77,23 @@ def test_weights_spread_over_two_by_two(models: Models, log_dir: Path) -> None:
         assert len({rank["parameter_bytes"] for rank in ranks}) == 1, "each has a quarter of the weights"
         assert all(rank["kv_bytes_received"] for rank in ranks)
         assert stack.decode.metric("vllm:num_preemptions_total") > 0, "the pools are too large"
-        stack.wait_idle()
+        check_pulling_back(stack, around_boundaries(seed=1)[10])
 
 
+def check_pulling_back(stack: Stack, ask: Ask) -> None:
+    """A prefill engine that has nothing cached pulls from a rank's workers, and the answer is what it was."""
+    expected_answer = answer(stack.router, ask)
+    stack.wait_idle()
+    stack.prefill.post("/reset_prefix_cache", {})
+    assert stack.answer_after_pulling_back(ask, len(ask.body["prompt"]) - 60) == expected_answer
+    assert stack.prefill.metric("tknp_kv_transfer_bytes_total") > 0
+    stack.wait_idle(10)  # by the pulls: a lease that nobody ends lasts 30 s
+
+
+LONG = pytest.mark.skipif("TKNP_TEST_LONG" not in os.environ, reason="make test-long runs it")
+
+
+@LONG  # reading from two workers into one is also what pulling back does below and in test_kv_events.py
 def test_prefill_on_two_decode_on_one_by_two(models: Models, log_dir: Path, plain_llama: Expected) -> None:
     model = models("llama")
     prefill = start_prefill(model, log_dir, "--tensor-parallel-size", "2")
@@ -100,7 +103,7 @@ def test_prefill_on_two_decode_on_one_by_two(models: Models, log_dir: Path, plai
         stack.wait_idle()
 
 
-@pytest.mark.skipif("TKNP_TEST_LONG" not in os.environ, reason="make test-long runs it: four engines, two minutes")
+@LONG  # four engines, two minutes
 def test_several_engines_of_each_kind(models: Models, log_dir: Path, plain_llama: Expected) -> None:
     model = models("llama")
     prefill = [start_prefill(model, log_dir, *both, name=f"prefill-{i}") for i, both in enumerate(((), ("--kv-both",)))]

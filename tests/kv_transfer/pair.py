@@ -107,7 +107,7 @@ class Engine:
         self.scheduler = self._make_scheduler()
         with set_current_vllm_config(self.config):
             self.workers = [self._make_worker(rank) for rank in range(len(num_blocks))]
-        metadata = {(0, 0): self.workers[0].get_handshake_metadata()}
+        metadata = {(rank, 0): worker.get_handshake_metadata() for rank, worker in enumerate(self.workers)}
         self.scheduler.connector.set_xfer_handshake_metadata_pp_aware(metadata)
         self._aggregator = KVOutputAggregator.from_connector(self.scheduler.connector, len(self.workers))
         self.answered: dict[str, Any] = {}
@@ -328,8 +328,8 @@ class Pair:
     """One prefill and one decode engine with two ranks."""
 
     def __init__(self, model: Path, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
-        self.prefill = Engine(model, "kv_producer", **{"num_blocks": [60], **prefill})
-        self.decode = Engine(model, "kv_consumer", **{"num_blocks": [40, 40], **decode})
+        self.prefill = Engine(model, prefill.pop("role", "kv_producer"), **{"num_blocks": [60], **prefill})
+        self.decode = Engine(model, decode.pop("role", "kv_consumer"), **{"num_blocks": [40, 40], **decode})
         self.num_requests = 0
 
     def offer(self, tokens: list[int], **params: Any) -> Any:

@@ -384,3 +384,14 @@ def test_a_thousand_hand_overs_that_end_in_every_phase(llama: Path, alone: None)
     assert summary["left"] == [], summary
     assert set(summary["fates"]) == set(Fate)
     assert summary["stale"]["lease_ended"] > 50 and summary["pulls"] > 300
+
+
+def test_an_engine_looks_less_often_after_leases_that_are_old(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = both.prefill.scheduler.connector
+    tokens = prompt(100, 30)
+    params = both.offer(tokens)
+    fresh = connector.rest_seconds(False)
+    monkeypatch.setattr("kv_transfer.scheduler._FRESH_SECONDS", 0.0)
+    assert connector.rest_seconds(True) < fresh < connector.rest_seconds(False) <= 0.25
+    assert both.hand_over(tokens, params) == 1
+    both.settle()

@@ -156,12 +156,34 @@ def test_orders_are_a_plain_object() -> None:
         "step",
         "ended",
         "chunks",
+        "keepers",
     }
 
 
 def test_this_setting_makes_decode_engines_keep_kv() -> None:
     init = source(base_scheduler.NixlBaseConnectorScheduler.__init__)
     require('"bidirectional_kv_xfer"' in init, "the setting that is refused", CONNECTOR)
+
+
+def test_a_request_that_brings_an_offer_is_pulled_where_the_setting_says_so() -> None:
+    matched = source(Scheduler.get_num_new_matched_tokens)
+    brought = 'params.get("do_remote_decode") and params.get("remote_block_ids")'
+    require(brought in matched and "min(remote_num_tokens, request.num_prompt_tokens)" in matched, "…", SCHEDULER)
+    allocated = source(Scheduler.update_state_after_alloc)
+    processed = "self.is_bidirectional_kv_xfer_enabled and not params.get("
+    require(processed in allocated and 'params["_remote_blocks_processed"] = True' in allocated, "…", SCHEDULER)
+    require("self._reqs_in_batch.add(request.request_id)" in allocated, "who is to be kept", SCHEDULER)
+    require(hasattr(Scheduler, "_prefill_backoff"), "tokens that a prefill engine leaves out", SCHEDULER)
+    alive = source(base_scheduler.NixlBaseConnectorScheduler.on_new_request)
+    require("self._heartbeat_req_engine[request.request_id] = (" in alive, "whose leases are kept alive", SCHEDULER)
+    finished = source(Scheduler.request_finished)
+    require("if is_d_node and not self.is_bidirectional_kv_xfer_enabled:" in finished, "who is not kept", SCHEDULER)
+
+
+def test_a_worker_keeps_only_what_it_was_told_of_in_a_batch() -> None:
+    start = source(Worker.start_load_kv)
+    require("self._reqs_to_process.add(req_id)" in start, "requests in a batch", WORKER)
+    require("if req_id in self._reqs_to_process:" in start.partition("reqs_to_send.items()")[2], "…", WORKER)
 
 
 def test_the_side_channel_is_served_by_this_method() -> None:

@@ -48,12 +48,14 @@ def start_stack(loop_of_engines: asyncio.AbstractEventLoop) -> Iterator[StartSta
             kv_traits: Sequence[dict[str, str] | None] = (),
             events: Sequence[bytes | None] = (),
             kv_peer: dict[str, Any] | None = None,
+            kv_roles: Sequence[Role] | None = None,
             **settings: Any,
         ) -> Stack:
             roles = [Role.PREFILL] * num_prefill + [Role.DECODE] * num_decode
             engines = [ScriptedEngine(loop_of_engines, role) for role in roles]
             for engine, traits, told in zip_longest(engines, kv_traits, events):
                 engine.kv_traits, engine.kv_events, engine.kv_peer = traits, told, kv_peer
+                engine.kv_roles = kv_roles and {"roles": kv_roles}
                 engine.revive()
                 cleanup.callback(engine.kill)
             router = cleanup.enter_context(running_router(engines, **settings))

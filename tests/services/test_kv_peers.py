@@ -11,14 +11,16 @@ from fastapi.testclient import TestClient
 
 from kv_transfer.connector import TokenParallelKVConnector
 from services import kv_peers, release
+from services.decode.token_parallel.engine_args import engine_args
 from services.decode.token_parallel.kv_worker import KVWorker
+from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.worker import RootWorker
 
 PEER = {"engine_id": "e", "host": "10.0.0.1", "port": 5600, "tp_size": 2, "dcp_size": 1, "pp_size": 1}
 
 
 class Engine:
-    def __init__(self, role: str, connector: str = "TokenParallelKVConnector") -> None:
+    def __init__(self, role: str, connector: str = "TokenParallelKVConnector", num_ranks: int = 1) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.vllm_config = SimpleNamespace(
             kv_transfer_config=SimpleNamespace(
@@ -32,6 +34,7 @@ class Engine:
                 tensor_parallel_size=2,
                 decode_context_parallel_size=1,
                 pipeline_parallel_size=1,
+                worker_cls=engine_args(TokenParallelOptions(num_ranks)).get("worker_cls", "auto"),
             ),
         )
 
@@ -68,8 +71,9 @@ def test_others_connect_to_nobody(engine: Engine) -> None:
     assert engine.calls == []
 
 
-def test_a_decode_engine_offers_nothing() -> None:
-    assert client(Engine("kv_consumer")).get("/kv_peer").status_code == 404
+@pytest.mark.parametrize("engine", [Engine("kv_consumer"), Engine("kv_producer", num_ranks=2)], ids=["reader", "ranks"])
+def test_a_decode_engine_is_not_read_as_a_whole(engine: Engine) -> None:
+    assert client(engine).get("/kv_peer").status_code == 404
 
 
 def test_an_engine_with_a_key_wants_it_here_too() -> None:

@@ -17,15 +17,20 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from services import engine_call, kv_peers, release
+from services.decode.token_parallel.engine_args import engine_args
+from services.decode.token_parallel.kv_worker import KVWorker
+from services.decode.token_parallel.options import TokenParallelOptions
+from services.decode.token_parallel.worker import RootWorker
 from tests.services.contract import require, source
 
 
 class Engine:
     """What AsyncLLM is asked for, in order."""
 
-    def __init__(self, extension: str = release.EXTENSION) -> None:
+    def __init__(self, extension: str = release.EXTENSION, worker: str = "auto") -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=extension))
+        parallel = SimpleNamespace(worker_extension_cls=extension, worker_cls=worker)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel)
 
     async def abort(self, names: Any) -> None:
         self.calls.append(("abort", *names))
@@ -51,11 +56,13 @@ def test_an_abort_is_answered_after_the_engine_has_taken_it() -> None:
     assert engine.calls == [("abort", "cmpl-r/1-0", "chatcmpl-r/1", "resp_r/1_0"), ("is_sleeping",)]
 
 
-def test_a_release_reaches_the_workers() -> None:
-    engine = Engine()
+@pytest.mark.parametrize(
+    "engine", [Engine(), Engine("", engine_args(TokenParallelOptions(2))["worker_cls"])], ids=["one", "ranks"]
+)
+def test_a_release_reaches_the_workers(engine: Engine) -> None:
     assert client(engine).post("/kv_leases/abc/release").status_code == 204
     assert engine.calls == [("release_kv_lease", "abc")]
-    assert hasattr(release.KVLeaseWorker, engine.calls[0][0])
+    assert all(hasattr(worker, engine.calls[0][0]) for worker in (release.KVLeaseWorker, RootWorker, KVWorker))
 
 
 def test_an_engine_without_our_workers_has_nothing_to_release() -> None:

@@ -121,7 +121,8 @@ class PartitionedKVCacheManager:
                 expected_blocks=expected[rank],
                 num_requests=requests[rank],
                 num_hit_tokens=hits[rank][1],
-                num_needed_blocks=self._blocks_for(request.num_tokens) - self._blocks_for(hits[rank][1]),
+                num_needed_blocks=self._blocks_for(request.num_tokens) - (held := self._blocks_for(hits[rank][1])),
+                num_hit_blocks=held,
                 other_work=0 if rank else self.partition.root_work,
             )
             for rank, (num_blocks, free) in enumerate(
@@ -131,8 +132,13 @@ class PartitionedKVCacheManager:
         longest = min(request.num_prompt_tokens + request.max_tokens, self._max_model_len)
         rank = self.placing_rank = choose_rank(ranks, max_request_blocks=self._blocks_for(longest))
         self._owner[request.request_id] = rank
-        # Nobody knows where a request will stop; half of what it may still write is the guess.
-        self._expected_blocks[request.request_id] = self._blocks_for((request.num_tokens + longest) // 2)
+        # Nobody knows where a request will stop; half of what it may still write is the guess. One that stops at its
+        # first token is no work for the steps after it, however long what it found is kept for others.
+        self._expected_blocks[request.request_id] = (
+            ranks[rank].num_needed_blocks
+            if request.max_tokens == 1
+            else self._blocks_for((request.num_tokens + longest) // 2)
+        )
         blocks, num_tokens, shared_prefix_boundary = hits[rank]
         return blocks, num_tokens, shared_prefix_boundary
 

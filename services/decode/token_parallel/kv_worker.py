@@ -34,13 +34,13 @@ from services.decode.token_parallel.kv_graphs import KVGraphs
 from services.decode.token_parallel.layers import attention_layers, make_layers, parameter_bytes
 from services.decode.token_parallel.rows import RowLayout
 from services.decode.token_parallel.status import block_report, worker_status
-from services.kv_peers import KVPeerWorker
+from services.kv_peers import KVBothWorker
 from tknp.common.partition import RankPlace, set_place
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class KVWorker(KVPeerWorker, WorkerBase):
+class KVWorker(KVBothWorker, WorkerBase):
     """Serves one root worker: per step and layer it receives query, key and value rows, updates its cache, attends,
     and sends the outputs back. It answers every call that vLLM makes to all workers of an engine."""
 
@@ -268,8 +268,10 @@ class KVWorker(KVPeerWorker, WorkerBase):
 
     _profiler: Any = None
 
-    def get_kv_connector_handshake_metadata(self) -> None:
-        """Prefill engines never call on this rank: decode ranks pull."""
+    def get_kv_connector_handshake_metadata(self) -> Any:
+        """As ModelWorker's."""
+        metadata = get_kv_transfer_group().get_handshake_metadata() if has_kv_transfer_group() else None
+        return metadata and {(self.context.rank, self.context.shard): metadata}
 
     def shutdown(self) -> None:
         ensure_kv_transfer_shutdown()

@@ -167,10 +167,26 @@ def _reasons(vllm_config: Any) -> dict[str, bool]:
         ),
         "host-resident sparse attention": vllm_config.attention_config.hisparse_config is not None,
         "reference sliding-window attention": model.rswa_window is not None,
-        "this KV connector, only TokenParallelKVConnector as kv_consumer and without bidirectional_kv_xfer": (
+        "this KV connector, only TokenParallelKVConnector as kv_consumer or kv_both, without bidirectional_kv_xfer": (
             not _knows_ranks(vllm_config.kv_transfer_config)
         ),
+        **_reasons_of_offers(TokenParallelOptions.of(vllm_config), vllm_config),
         **_reasons_of_spread(TokenParallelOptions.of(vllm_config), parallel, model, is_quantised),
+    }
+
+
+def _reasons_of_offers(options: TokenParallelOptions, vllm_config: Any) -> dict[str, bool]:
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or not transfer.is_kv_producer:
+        return {}
+    on_ray = vllm_config.parallel_config.distributed_executor_backend == "ray"
+    on_host = transfer.kv_buffer_device == "cpu" and vllm_config.device_config.device_type != "cpu"
+    return {
+        "KV cache kept for others (--kv-both) by ranks on several machines, or placed by Ray, which are reached at the "
+        "first one's address": on_ray or options.nodes is not None,
+        "KV cache kept for others (--kv-both) in host memory (kv_buffer_device cpu), which the root alone fills": (
+            on_host
+        ),
     }
 
 
@@ -193,4 +209,4 @@ def _knows_ranks(kv_transfer_config: Any) -> bool:
     if kv_transfer_config.kv_connector == "DecodeBenchConnector":  # fills whole caches, for benchmarks
         return bool(extra("startup_fill", False))
     is_ours = kv_transfer_config.kv_connector == "TokenParallelKVConnector"
-    return is_ours and kv_transfer_config.kv_role == "kv_consumer" and not extra("bidirectional_kv_xfer", False)
+    return is_ours and kv_transfer_config.is_kv_consumer and not extra("bidirectional_kv_xfer", False)

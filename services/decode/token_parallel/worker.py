@@ -18,7 +18,7 @@ from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
 from services.decode.token_parallel.pace import seconds_of
 from services.decode.token_parallel.status import block_report, worker_status
-from services.kv_peers import KVPeerWorker
+from services.kv_peers import KVBothWorker
 from tknp.common.partition import RankPlace, set_place
 
 if current_platform.is_cpu():
@@ -38,7 +38,7 @@ class TokenParallelWorker:
         return chosen(vllm_config, local_rank, rank, *args, **kwargs)
 
 
-class ModelWorker(KVPeerWorker, PlatformWorker):
+class ModelWorker(KVBothWorker, PlatformWorker):
     """vLLM's own worker, with attention layers that know that not all requests live on this rank."""
 
     context: TokenParallelContext
@@ -123,6 +123,11 @@ class ModelWorker(KVPeerWorker, PlatformWorker):
         place = self.context.batch.place
         own = [i - place.base for i in to_zero if place.partition.rank_of(i) == place.rank]
         return dataclasses.replace(scheduler_output, new_block_ids_to_zero=own)
+
+    def get_kv_connector_handshake_metadata(self) -> Any:
+        """By (token-parallel rank, shard), as kv_transfer.rank_offers takes it."""
+        found = super().get_kv_connector_handshake_metadata()
+        return found and dict.fromkeys([(self.context.rank, self.context.shard)], *found.values())
 
     def token_parallel_status(self) -> dict[str, Any]:
         """This worker's part of `GET /token_parallel`."""

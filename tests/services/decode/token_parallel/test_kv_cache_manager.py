@@ -114,9 +114,12 @@ def test_a_hit_on_another_rank_is_no_hit() -> None:
     crowd = request("b", range(5000, 5000 + 35 * BLOCK_SIZE - 1), max_tokens=1)
     admit(manager, crowd)
     assert manager.rank_of("b") == 1
-    again = request("c", range(100), max_tokens=1)
+    again = request("c", range(70), max_tokens=1)
     _, num_hit, _ = manager.get_computed_blocks(again)
     assert (manager.rank_of("c"), num_hit) == (0, 0)
+    most_of_it = request("d", range(100), max_tokens=1)
+    _, num_hit, _ = manager.get_computed_blocks(most_of_it)
+    assert (manager.rank_of("d"), num_hit) == (1, 96)
 
 
 def test_the_rank_without_room_for_a_running_request_is_named_until_somebody_gets_a_block() -> None:

@@ -105,6 +105,31 @@ def test_all_reasons_are_told_at_once(supported: Any) -> None:
         refuse_unsupported(config)
 
 
+KEEPING = KVTransferConfig(
+    kv_connector="TokenParallelKVConnector",
+    kv_connector_module_path="kv_transfer.connector",
+    kv_role="kv_both",
+    kv_buffer_device="cpu",
+)
+
+
+def test_ranks_may_keep_kv_cache_for_others(supported: Any) -> None:
+    refuse_unsupported(changed(supported, "kv_transfer_config", KEEPING))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("parallel_config.distributed_executor_backend", "ray", "placed by Ray"),
+        ("device_config.device_type", "cuda", "in host memory"),
+    ],
+)
+def test_but_not_where_nobody_would_find_it(supported: Any, path: str, value: Any, named: str) -> None:
+    keeping = changed(supported, "kv_transfer_config", KEEPING)
+    with pytest.raises(UnsupportedConfigurationError, match=named):
+        refuse_unsupported(changed(keeping, path, value))
+
+
 @pytest.mark.parametrize(
     "connector",
     [

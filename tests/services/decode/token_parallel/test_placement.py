@@ -69,6 +69,15 @@ def test_if_the_bound_excludes_all_equal_ranks_share_the_requests() -> None:
     assert choose_rank(ranks, 101) == 1
 
 
+def test_what_is_all_there_but_its_last_blocks_goes_there_whatever_the_load() -> None:
+    """As a request that has KV cache kept for a prefill engine; elsewhere it would compute all of it."""
+    there = replace(EMPTY, expected_blocks=90, num_hit_tokens=40 * 16, num_hit_blocks=40, num_needed_blocks=1)
+    elsewhere = replace(EMPTY, num_needed_blocks=41)
+    assert choose_rank([there, elsewhere], 41) == 0
+    assert choose_rank([there, elsewhere], 60) == 1, "one that grows is work for the steps to come"
+    assert choose_rank([replace(there, num_free_blocks=0), elsewhere], 41) == 1, "it would hold up all that wait"
+
+
 def any_rank(rng: random.Random) -> RankState:
     num_blocks = rng.randint(1, 50)
     return RankState(
