@@ -13,12 +13,14 @@ from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, Sp
 from kv_transfer import spin
 from tests.services.contract import VLLM, require
 
+NUM_PAIRS = 20
 PAUSE = 0.5  # s between two messages, in which vLLM's reader spins
 
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(SpinCondition, "record_read", SpinCondition.record_read)  # put back afterwards
+    for patched in ("record_read", "wait"):
+        monkeypatch.setattr(SpinCondition, patched, getattr(SpinCondition, patched))  # put back afterwards
     spin.install()
     yield
     spin.rest(False)
@@ -53,6 +55,34 @@ def test_a_worker_sleeps_between_the_steps_of_an_engine_that_rests() -> None:
     assert seconds_of_cpu(4) < 0.2 * 3 * PAUSE
 
 
+def test_a_message_right_behind_another_is_read_soon() -> None:
+    """A released lease and the step that frees its blocks: the second one's notification is dropped."""
+    spin.rest(True)
+    writer = MessageQueue(1, 1)
+    seen: list[int] = []
+
+    def read() -> None:
+        reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+        reader.wait_until_ready()
+        while len(seen) < 2 * NUM_PAIRS:
+            seen.append(reader.dequeue())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    writer.wait_until_ready()
+    slowest = 0.0
+    for number in range(2 * NUM_PAIRS):
+        if number % 2 == 0:
+            time.sleep(5 * spin.SPIN_SECONDS)  # until the reader sleeps
+        begin = time.monotonic()
+        writer.enqueue(number)
+        while len(seen) == number:
+            time.sleep(0)
+        slowest = max(slowest, time.monotonic() - begin)
+    thread.join(30)
+    assert slowest < 2.0, "vLLM looks again after 5 s"
+
+
 def test_it_spins_otherwise() -> None:
     spin.rest(False)
     assert seconds_of_cpu(2) > 0.2 * PAUSE
@@ -64,5 +94,7 @@ def test_vllms_worker_spins_by_this() -> None:
         "def record_read(self): self.last_read = time.monotonic() def",
         "if current_time <= self.last_read + self.busy_loop_s: sched_yield()",
         "self._spin_condition.record_read()",
+        "def wait(self, timeout_ms: int | None = None) -> None:",
+        "self._spin_condition.wait(timeout_ms=read_timeout.timeout_ms()) if self.shutting_down",
     ):
         require(part in text, f"SpinCondition's {part!r}", "kv_transfer/spin.py")
