@@ -82,5 +82,5 @@ async def _connect(request: Request, peer: KVPeer) -> Response:
     transfer = engine.vllm_config.kv_transfer_config
     if transfer is None or not transfer.is_kv_consumer or transfer.kv_connector != _CONNECTOR:
         raise HTTPException(404, "this engine does not connect ahead of its requests")
-    await answered(engine.collective_rpc("connect_kv_peer", args=(peer.model_dump(exclude={"streams"}),)))
+    await answered(engine, engine.collective_rpc("connect_kv_peer", args=(peer.model_dump(exclude={"streams"}),)))
     return Response(status_code=202)

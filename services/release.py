@@ -62,9 +62,9 @@ def engine_of(request: Request) -> Any:
 async def _abort(request: Request, request_id: str) -> Response:
     engine = engine_of(request)
     # The names that vLLM's servers of the APIs give a request with this X-Request-Id, or this `request_id`.
-    await answered(engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}", f"resp_{request_id}_0")))
+    await answered(engine, engine.abort((f"cmpl-{request_id}-0", f"chatcmpl-{request_id}", f"resp_{request_id}_0")))
     # The engine takes messages in order: with this answer, the abort before it has happened.
-    await answered(engine.is_sleeping())
+    await answered(engine, engine.is_sleeping())
     return Response(status_code=204)
 
 
@@ -77,5 +77,5 @@ async def _release(request: Request, lease_id: str) -> Response:
     config = engine.vllm_config
     if config.parallel_config.worker_extension_cls not in _RELEASING and not is_token_parallel(config):
         raise HTTPException(404, "this engine keeps no KV cache under a lease that can be released")
-    await answered(engine.collective_rpc("release_kv_lease", args=(lease_id,)))
+    await answered(engine, engine.collective_rpc("release_kv_lease", args=(lease_id,)))
     return Response(status_code=204)

@@ -20,6 +20,8 @@ PEER = {"engine_id": "e", "host": "10.0.0.1", "port": 5600, "tp_size": 2, "dcp_s
 
 
 class Engine:
+    errored = False
+
     def __init__(self, role: str, connector: str = "TokenParallelKVConnector", num_ranks: int = 1) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.vllm_config = SimpleNamespace(

@@ -27,6 +27,8 @@ from tests.services.contract import require, source
 class Engine:
     """What AsyncLLM is asked for, in order."""
 
+    errored = False
+
     def __init__(self, extension: str = release.EXTENSION, worker: str = "auto") -> None:
         self.calls: list[tuple[Any, ...]] = []
         parallel = SimpleNamespace(worker_extension_cls=extension, worker_cls=worker)
@@ -92,17 +94,22 @@ def test_an_engine_with_keys_wants_one(path: str) -> None:
     assert asking.post(path, headers={"Authorization": "Bearer two"}).status_code == 204
 
 
-def test_a_dead_engine_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("has_died", "why"), [(True, "the engine has died"), (False, "within 1 s; it is busy")])
+def test_an_engine_that_does_not_answer_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, has_died: bool, why: str
+) -> None:
     """Or its server would wait for the handler, and never end."""
 
-    class Dead(Engine):
+    class Silent(Engine):
+        errored = has_died
+
         async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(engine_call, "CALL_SECONDS", 0.2)
-    reply = client(Dead()).post("/kv_leases/abc/release")
-    assert reply.status_code == 503
-    assert "busy or dead" in reply.json()["detail"]
+    monkeypatch.setattr(engine_call, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(engine_call, "LOOK_SECONDS", 0.1)
+    reply = client(Silent()).post("/kv_leases/abc/release")
+    assert reply.status_code == 503 and why in reply.json()["detail"]
 
 
 BY = "services/release.py"

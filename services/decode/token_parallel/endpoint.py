@@ -38,7 +38,7 @@ class RankStatus:
     """Asks the engine, and keeps the last answers to compute rates from."""
 
     def __init__(self, engine_client: Any, options: TokenParallelOptions, tensor_parallel_size: int) -> None:
-        self._engine = engine_client
+        self.engine = engine_client
         self._options = options
         self._tensor_parallel_size = tensor_parallel_size
         self._metrics = RankMetrics()
@@ -59,21 +59,21 @@ class RankStatus:
         """Blocks and requests of each rank, by the scheduler; empty in an engine without token parallelism."""
         if self._options.size == 1:
             return []
-        return list(await self._engine.collective_rpc("token_parallel_room"))
+        return list(await self.engine.collective_rpc("token_parallel_room"))
 
     async def transfers(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
         """The records of these requests' KV transfers; without those where there was none, or it is long ago."""
         if self._options.size == 1:
             return {}
         records: dict[str, dict[str, Any]] = (
-            await self._engine.collective_rpc("token_parallel_transfers", args=(request_ids,))
+            await self.engine.collective_rpc("token_parallel_transfers", args=(request_ids,))
         )[0]
         return records
 
     async def _ranks(self) -> list[dict[str, Any]]:
         if self._options.size == 1:
             return []
-        return list(await self._engine.collective_rpc("token_parallel_status"))
+        return list(await self.engine.collective_rpc("token_parallel_status"))
 
     async def _poll(self) -> None:
         while True:
@@ -81,7 +81,7 @@ class RankStatus:
             try:
                 ranks = await self._ranks()
             except Exception as error:  # noqa: BLE001 - whatever it was, the next poll may work
-                if self._engine.errored:
+                if self.engine.errored:
                     return
                 logger.warning("token parallelism: the ranks could not be asked for metrics: %s", error)
                 continue
@@ -130,14 +130,14 @@ async def _read_kv_events(request: Request) -> dict[str, Any]:
 
 async def _read(request: Request) -> dict[str, Any]:
     status: RankStatus = request.app.state.token_parallel
-    return await answered(status.read())
+    return await answered(status.engine, status.read())
 
 
 async def _read_room(request: Request) -> dict[str, list[dict[str, int]]]:
     status: RankStatus = request.app.state.token_parallel
-    return {"ranks": await answered(status.room())}
+    return {"ranks": await answered(status.engine, status.room())}
 
 
 async def _read_transfers(request: Request, wanted: RequestIds) -> dict[str, dict[str, dict[str, Any]]]:
     status: RankStatus = request.app.state.token_parallel
-    return {"transfers": await answered(status.transfers(wanted.request_ids))}
+    return {"transfers": await answered(status.engine, status.transfers(wanted.request_ids))}
