@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from tknp.common.ports import free_port
 START_SECONDS = 300.0
 """An engine takes 25 s on two idle cores; several starting at once on a busy machine take minutes."""
 
+MODEL_LENGTH = 1024
 ENGINE_OPTIONS = (
     *("--enforce-eager", "--dtype", "float32", "--served-model-name", "tiny"),
-    *("--max-model-len", "1024", "--block-size", "32", "--max-num-seqs", "32"),
+    *("--max-model-len", str(MODEL_LENGTH), "--block-size", "32", "--max-num-seqs", "32"),
     *("--max-num-batched-tokens", "64"),  # so that most prompts take several prefill chunks
 )
 ENVIRONMENT = {
@@ -128,6 +130,17 @@ class Service:
 def tknp(*words: str) -> list[str]:
     """A command of ours."""
     return [sys.executable, "-m", "tknp", *words]
+
+
+def kv_event_ports() -> dict[str, str]:
+    """Where an engine is to publish its KV cache events."""
+    return {name: f"tcp://*:{free_port()}" for name in ("endpoint", "replay_endpoint")}
+
+
+def pulling_back(ports: Mapping[str, str]) -> tuple[str, ...]:
+    """Options of an engine behind a router with --pull-back-tokens."""
+    config = {"enable_kv_cache_events": True, "publisher": "zmq", "topic": "kv", **ports}
+    return "--kv-both", "--kv-events-config", json.dumps(config)
 
 
 def start_plain(model: Path, log_dir: Path, *options: str, name: str = "plain") -> Service:

@@ -4,7 +4,6 @@ prefill engine pulls from a decode rank what that has of a conversation."""
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +16,9 @@ import zmq.asyncio
 
 from router.kv_events import EventListener, EventSource
 from tests.e2e.conftest import Expected
-from tests.e2e.processes import Service, start_decode, start_prefill, wait_for
+from tests.e2e.processes import Service, kv_event_ports, pulling_back, start_decode, start_prefill, wait_for
 from tests.e2e.stack import Stack, running
 from tests.e2e.suite import Ask, answers, around_boundaries, completion, crowd, tokens
-from tknp.common.ports import free_port
 
 BLOCK_SIZE = 32  # of the engines here
 
@@ -57,16 +55,13 @@ def cached_tokens(engine: Service, prompt: str | list[int]) -> int:
 @pytest.fixture(scope="module")
 def ports() -> list[dict[str, str]]:
     """Where each engine publishes."""
-    return [{name: f"tcp://*:{free_port()}" for name in ("endpoint", "replay_endpoint")} for _ in range(2)]
+    return [kv_event_ports() for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
 def stack(models: Callable[[str], Path], log_dir: Path, ports: list[dict[str, str]]) -> Iterator[Stack]:
     """Engines that publish events, and may both pull from the other: one worker, and two ranks of two."""
-    options = []
-    for own in ports:
-        config = {"enable_kv_cache_events": True, "publisher": "zmq", "topic": "kv", **own}
-        options.append(("--kv-both", "--kv-events-config", json.dumps(config)))
+    options = [pulling_back(own) for own in ports]
     prefill = start_prefill(models("llama"), log_dir, *options[0])
     decode = start_decode(models("llama"), log_dir, 2, "--tensor-parallel-size", "2", *options[1])
     router_options = ("--kv-poll-interval", "0.2", "--health-check-interval", "0.5", "--pull-back-tokens", "64")

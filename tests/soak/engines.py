@@ -29,13 +29,15 @@ class SoakEngine:
         self.service = self._start()
 
     @classmethod
-    def prefill(cls, name: str, model: Path, log_dir: Path) -> SoakEngine:
-        return cls(name, lambda port: tknp("prefill", str(model), "--port", str(port), *ENGINE_OPTIONS), log_dir)
+    def prefill(cls, name: str, model: Path, log_dir: Path, *options: str) -> SoakEngine:
+        return cls(
+            name, lambda port: tknp("prefill", str(model), "--port", str(port), *ENGINE_OPTIONS, *options), log_dir
+        )
 
     @classmethod
-    def decode(cls, name: str, model: Path, log_dir: Path, token_parallel_size: int) -> SoakEngine:
-        size = ("--token-parallel-size", str(token_parallel_size))
-        return cls(name, lambda port: tknp("decode", str(model), "--port", str(port), *size, *ENGINE_OPTIONS), log_dir)
+    def decode(cls, name: str, model: Path, log_dir: Path, token_parallel_size: int, *options: str) -> SoakEngine:
+        options = ("--token-parallel-size", str(token_parallel_size), *ENGINE_OPTIONS, *options)
+        return cls(name, lambda port: tknp("decode", str(model), "--port", str(port), *options), log_dir)
 
     @property
     def url(self) -> str:

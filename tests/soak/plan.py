@@ -17,6 +17,7 @@ class SoakPlan:
     faults_every: float = 0.0  # s from one fault to the next; 0 for none
     hang_ups: float = 0.0  # share of requests whose client goes away
     slow_clients: float = 0.0  # share of streams that are read slowly
+    conversations: float = 0.0  # share of requests that go on with one; prefill engines pull back what was said
     invalid: float = 0.08  # share of requests that must be refused
     request_timeout: float = 300.0  # s; what takes longer is lost
     settle_timeout: float = 90.0  # s after the last request until every block must be free; a lease is 30 s
@@ -34,6 +35,7 @@ PRESETS = {
         faults_every=90,
         hang_ups=0.2,
         slow_clients=0.05,
+        conversations=0.3,
     ),
     # For CI: the same, with one fault of each kind at most.
     "short": SoakPlan(

@@ -16,7 +16,8 @@ from typing import Any
 
 import requests
 
-from tests.e2e.processes import Service, start_router
+from router.pull_back import PullBackEnd
+from tests.e2e.processes import Service, kv_event_ports, pulling_back, start_router
 from tests.soak.engines import SoakEngine
 from tests.soak.footprint import Footprint, Handles
 from tests.soak.plan import SoakPlan
@@ -117,6 +118,8 @@ class Soak:
             seen = await ask(self._router.port, job, self._plan.request_timeout)
             self._num_under_way -= 1
             self._tally.add(job, seen)
+            if job.conversation is not None and seen.end is End.ANSWERED:
+                job.conversation.hear(job.ask.body["prompt"], seen.token_ids)
             if seen.end is End.ERROR and time.monotonic() > self._excused_until:
                 self._tally.trouble("error without a fault", f"{job.id}: {seen.detail}")
             if job.behaviour.hangs_up and seen.end is End.HUNG_UP:
@@ -242,21 +245,28 @@ class Soak:
             **footprint,
             "retries": self._metric("tknp_retries_total"),
             "continuations": self._metric("tknp_stream_continuations_total"),
+            "pull_backs": {end: self._metric("tknp_pull_backs_total", end=end) for end in PullBackEnd},
             "plan": asdict(self._plan),
         }
 
-    def _metric(self, name: str) -> float | None:
-        return self._router.metric(name) if self._router.process.poll() is None else None
+    def _metric(self, name: str, **labels: str) -> float | None:
+        return self._router.metric(name, **labels) if self._router.process.poll() is None else None
 
 
 @contextmanager
 def soak_stack(plan: SoakPlan, model: Path, log_dir: Path) -> Iterator[tuple[list[SoakEngine], Service]]:
     """Engines and router, all ready; stopped in the end."""
-    prefill = [SoakEngine.prefill(f"prefill-{i}", model, log_dir) for i in range(plan.num_prefill)]
+
+    def options() -> tuple[str, ...]:
+        return pulling_back(kv_event_ports()) if plan.conversations else ()
+
+    prefill = [SoakEngine.prefill(f"prefill-{i}", model, log_dir, *options()) for i in range(plan.num_prefill)]
     decode = [
-        SoakEngine.decode(f"decode-{i}", model, log_dir, size) for i, size in enumerate(plan.token_parallel_sizes)
+        SoakEngine.decode(f"decode-{i}", model, log_dir, size, *options())
+        for i, size in enumerate(plan.token_parallel_sizes)
     ]
-    router = start_router(log_dir, [e.service for e in prefill], [e.service for e in decode])
+    pull_back = ("--pull-back-tokens", "64") if plan.conversations else ()
+    router = start_router(log_dir, [e.service for e in prefill], [e.service for e in decode], *pull_back)
     try:
         for engine in (*prefill, *decode):
             engine.service.wait_ready()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.soak.conversations import Conversation
 from tests.soak.footprint import Handles, memory_growth
 from tests.soak.plan import PRESETS
 from tests.soak.run import run_soak
@@ -28,6 +29,16 @@ def test_the_same_seed_draws_the_same_traffic_of_every_kind() -> None:
     assert {job.ask.path for job in first} == {"/v1/completions", "/v1/chat/completions"}
     assert len({job.behaviour for job in first}) == 5
     assert any(job.ask.body.get("n", 1) > 1 for job in first) and any(not job.is_valid for job in first)
+    assert any(job.conversation for job in first)
+
+
+def test_a_turn_asks_with_all_that_was_said() -> None:
+    conversation = Conversation(7)
+    first = conversation.turn().body["prompt"]
+    conversation.hear(first, (5, 6, 7))
+    conversation.hear(first, (5, 6, 7))
+    second = conversation.turn().body["prompt"]
+    assert second[: len(first) + 3] == [*first, 5, 6, 7] and len(second) == 2 * len(first) + 3
 
 
 @pytest.mark.parametrize(

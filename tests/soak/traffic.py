@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from tests.e2e.processes import MODEL_LENGTH
 from tests.e2e.suite import Ask, chat, completion, tokens
+from tests.soak.conversations import Conversation, Conversations
 from tests.soak.plan import SoakPlan
 
 NUM_PROMPTS = 60
-MODEL_LENGTH = 1024  # of tests.e2e.processes.ENGINE_OPTIONS
 
 
 # What changes nothing about an answer's tokens, and makes it harder to go on with its stream on another engine.
@@ -58,6 +59,7 @@ class Job:
     is_valid: bool = True
     prompt: str | None = None
     raw: bytes | None = None
+    conversation: Conversation | None = field(default=None, compare=False)
 
     @property
     def id(self) -> str:
@@ -80,6 +82,7 @@ class Mix:
     def __init__(self, plan: SoakPlan) -> None:
         self._plan = plan
         self._random = random.Random(plan.seed)
+        self._conversations = Conversations(self._random)
         self._num_drawn = 0
 
     def draw(self) -> Job:
@@ -87,11 +90,12 @@ class Mix:
         if rng.random() < self._plan.invalid:
             ask, raw = self._invalid()
             return Job(self._num_drawn, ask, Behaviour.PATIENT, 0.0, is_valid=False, raw=raw)
-        ask, prompt = self._valid()
+        conversation = self._conversations.pick() if rng.random() < self._plan.conversations else None
+        ask, prompt = self._valid() if conversation is None else self._turn(conversation)
         behaviour = self._behaviour(bool(ask.body.get("stream")))
         # Prefill, hand-over and first token lie within some hundred milliseconds of one another.
         delay = rng.randint(1, 12) if behaviour is Behaviour.IN_STREAM else rng.expovariate(1 / 0.6)
-        return Job(self._num_drawn, ask, behaviour, delay, prompt=prompt)
+        return Job(self._num_drawn, ask, behaviour, delay, prompt=prompt, conversation=conversation)
 
     def _valid(self) -> tuple[Ask, str | None]:
         rng = self._random
@@ -109,6 +113,12 @@ class Mix:
             sampled = {"n": rng.choice((2, 3)), "temperature": 0.8}
             return completion(tokens(length, number), max_tokens, **sampled, **stream), None
         return completion(tokens(length, number), max_tokens, **stream, **rng.choice(TOLD)), f"tokens {number}"
+
+    def _turn(self, conversation: Conversation) -> tuple[Ask, str]:
+        ask = conversation.turn()
+        stream = {"stream": True} if self._random.random() < 0.6 else {}
+        prompt = f"conversation {conversation.number} after {len(conversation.said)} tokens"
+        return Ask(ask.path, {**ask.body, **stream}), prompt
 
     def _invalid(self) -> tuple[Ask, bytes | None]:
         good = completion([5, 6, 7], 4)
