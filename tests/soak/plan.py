@@ -46,5 +46,6 @@ PRESETS = {
         faults_every=18,
         hang_ups=0.25,
         slow_clients=0.08,
+        conversations=0.25,
     ),
 }
