@@ -37,7 +37,7 @@ ENVIRONMENT = {
 }
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float, what: str, pause: float = 0.2) -> Any:
     """Polls until `condition` returns something true, and returns that; connection errors count as false."""
     deadline = time.monotonic() + seconds
     while True:
@@ -48,7 +48,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
             pass
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come about within {seconds:.0f} s")
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 class Service:

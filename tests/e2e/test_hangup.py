@@ -71,7 +71,7 @@ class Client:
 
     def wait_for_moment(self, moment: str) -> None:
         url = f"{self._stack.router.url}/requests/{self.name}"
-        wait_for(lambda: moment in requests.get(url, timeout=10).json().get("moments", ()), 60, moment)
+        wait_for(lambda: moment in requests.get(url, timeout=10).json().get("moments", ()), 60, moment, 0.01)
 
     def hang_up(self) -> None:
         self._socket.close()

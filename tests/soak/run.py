@@ -17,7 +17,7 @@ from typing import Any
 import requests
 
 from router.pull_back import PullBackEnd
-from tests.e2e.processes import Service, kv_event_ports, pulling_back, start_router
+from tests.e2e.processes import Service, kv_event_ports, pulling_back, start_router, wait_for
 from tests.soak.engines import SoakEngine
 from tests.soak.footprint import Footprint, Handles
 from tests.soak.plan import SoakPlan
@@ -271,6 +271,9 @@ def soak_stack(plan: SoakPlan, model: Path, log_dir: Path) -> Iterator[tuple[lis
         for engine in (*prefill, *decode):
             engine.service.wait_ready()
         router.wait_ready("/ready")
+        if plan.conversations:  # the router's sockets to all engines count as open before
+            known = "by its KV events"
+            wait_for(lambda: router.log.read_text().count(known) >= len(prefill + decode), 60, "the router's listening")
         yield [*prefill, *decode], router
     finally:
         router.stop()
