@@ -245,9 +245,15 @@ class Soak:
             **footprint,
             "retries": self._metric("tknp_retries_total"),
             "continuations": self._metric("tknp_stream_continuations_total"),
+            "bytes_pulled_back": self._bytes_pulled_back(),
             "pull_backs": {end: self._metric("tknp_pull_backs_total", end=end) for end in PullBackEnd},
             "plan": asdict(self._plan),
         }
+
+    def _bytes_pulled_back(self) -> float:
+        """By the prefill engines, each since it was last started."""
+        prefill = [e for e in self._engines if e.name.startswith("prefill") and e.is_healthy()]
+        return sum(engine.service.metric("tknp_kv_transfer_bytes_total") for engine in prefill)
 
     def _metric(self, name: str, **labels: str) -> float | None:
         return self._router.metric(name, **labels) if self._router.process.poll() is None else None
