@@ -1,9 +1,10 @@
-"""How long an engine rests after a step that computed nothing. A patch of vLLM, since nothing public reaches there.
+"""What an engine does after a step that computed nothing. A patch of vLLM, since nothing public reaches there.
 
 vLLM's engine goes on stepping while a request waits for its KV cache or a lease is held, and sleeps 1 ms after each
-such step (v1/engine/core.py, `_process_engine_step`). With async scheduling two of these sleeps lie between the last
-byte of a pull and the first decode step. An engine with our connector rests for as long as the connector says, or until
-somebody asks it for something. What that saves has not been told apart by a measurement: see docs/performance.md.
+such step (v1/engine/core.py, `_process_engine_step`). With async scheduling it also looks at the result of such a step
+only behind the next one, so that two sleeps and a step lie between the last byte of a pull and the first decode step.
+An engine with our connector looks at once, and rests for as long as the connector says, or until somebody asks it for
+something. What that saves: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ def install() -> None:
 
 
 def _process_engine_step(core: Any) -> bool:
-    """As vLLM's, but for the rest."""
+    """As vLLM's, but for the results and the rest."""
     outputs, model_executed = core.step_fn()
-    for output in outputs.items() if outputs else ():
-        core.output_queue.put_nowait(output)
+    _put(core, outputs)
+    while core.batch_queue and not core.batch_queue[-1][1].total_num_scheduled_tokens:
+        _put(core, _oldest_result(core))
     core.post_step(model_executed)
     scheduler = core.scheduler
     # The workers have not heard yet of a request that has just finished.
@@ -34,6 +36,23 @@ def _process_engine_step(core: Any) -> bool:
         seconds = getattr(scheduler.connector, "rest_seconds", lambda _: _VLLM_SECONDS)
         rest(core.input_queue, seconds(scheduler.has_unfinished_requests()))
     return bool(model_executed)
+
+
+def _put(core: Any, outputs: dict[int, Any] | None) -> None:
+    for output in outputs.items() if outputs else ():
+        core.output_queue.put_nowait(output)
+
+
+def _oldest_result(core: Any) -> dict[int, Any]:
+    """Of a step that computed nothing: as the second half of EngineCore.step_with_batch_queue, but for the details of
+    an iteration, of which it has none."""
+    future, scheduler_output, _ = core.batch_queue.pop()
+    with core.log_error_detail(scheduler_output):
+        model_output = future.result()
+    core._process_aborts_queue()
+    outputs: dict[int, Any] = core.scheduler.update_from_output(scheduler_output, model_output)
+    core._attach_weight_version(outputs)
+    return outputs
 
 
 def rest(requests: queue.Queue[Any], seconds: float) -> None:

@@ -122,6 +122,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._num_steps = 0
         self._ended_streams: set[str] = set()
         self._last_kept = 0.0  # by time.monotonic()
+        self._has_arrived = False  # KV cache, since the last step was scheduled
         self._stats = TransferStats()
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
 
@@ -262,6 +263,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         requests = {r: request for r, (request, *_) in self._reqs_need_recv.items()}
         for handover in self._handovers.start(scheduler_output.num_scheduled_tokens):
             self._stats.record_handover(handover)
+        self._has_arrived = False
         base = super().build_connector_meta(scheduler_output)
         pulls = {}
         for request_id, meta in base.reqs_to_recv.items():
@@ -308,6 +310,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             self.records[name] = record if known is None else known.merged_with(record)
             if len(self.records) > _MAX_RECORDS:
                 self.records.popitem(last=False)
+        self._has_arrived |= bool(connector_output.finished_recving)
         for request_id in connector_output.finished_recving or ():
             self._names.pop(request_id, None)
             if request_id in self._pulled_back:
@@ -326,6 +329,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         Args:
             has_unfinished: requests, which wait for their KV cache or for room.
         """
+        if self._has_arrived:
+            return 0.0
         if not has_unfinished:
             is_fresh = time.monotonic() - self._last_kept < _FRESH_SECONDS
             return _LEASE_REST_SECONDS if is_fresh else _OLD_LEASE_REST_SECONDS

@@ -395,3 +395,15 @@ def test_an_engine_looks_less_often_after_leases_that_are_old(both: Pair, monkey
     assert connector.rest_seconds(True) < fresh < connector.rest_seconds(False) <= 0.25
     assert both.hand_over(tokens, params) == 1
     both.settle()
+
+
+def test_an_engine_does_not_rest_when_kv_cache_has_arrived(both: Pair) -> None:
+    tokens = prompt(100, 31)
+    connector = both.decode.scheduler.connector
+    both.decode.add("arrives", tokens, 1, both.offer(tokens))
+    while not both.decode.scheduler.finished_recving_kv_req_ids:
+        both.decode.step()
+        assert (connector.rest_seconds(True) == 0) == bool(both.decode.scheduler.finished_recving_kv_req_ids)
+    both.decode.step()
+    assert connector.rest_seconds(True) > 0
+    both.settle()

@@ -3,6 +3,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +19,14 @@ from tests.services.contract import VLLM, require
 class Engine(SimpleNamespace):
     """An EngineCoreProc as far as its step looks at itself."""
 
-    def __init__(self, executed: bool, unfinished: bool, finished: set[str]) -> None:
+    def __init__(self, executed: bool, unfinished: bool, finished: set[str], queued: Sequence[int] = ()) -> None:
         self.asked: list[bool] = []
         scheduler = SimpleNamespace(
             connector=SimpleNamespace(rest_seconds=self.rest_seconds),
             finished_req_ids=finished,
             has_requests=lambda: True,
             has_unfinished_requests=lambda: unfinished,
+            update_from_output=lambda order, result: {order.total_num_scheduled_tokens: result},
         )
         super().__init__(
             step_fn=lambda: ({0: "tokens"}, executed),
@@ -29,7 +34,18 @@ class Engine(SimpleNamespace):
             input_queue=queue.Queue(),
             post_step=lambda model_executed: None,
             scheduler=scheduler,
+            batch_queue=deque(self.batch(num_tokens) for num_tokens in queued),
+            log_error_detail=nullcontext,
+            _process_aborts_queue=lambda: None,
+            _attach_weight_version=lambda outputs: None,
         )
+
+    @staticmethod
+    def batch(num_tokens: int) -> tuple[Any, Any, None]:
+        """What vLLM keeps of a step in its batch queue, whose newest is the first."""
+        result: Future[str] = Future()
+        result.set_result("result")
+        return result, SimpleNamespace(total_num_scheduled_tokens=num_tokens), None
 
     def rest_seconds(self, has_unfinished: bool) -> float:
         self.asked.append(has_unfinished)
@@ -48,6 +64,16 @@ def test_vllms_step_is_what_ours_stands_in_for() -> None:
     ):
         require(part in body, f"a step's {part!r}", "kv_transfer/idle.py")
     require(body.count("self.") == 4, "the parts of a step", "kv_transfer/idle.py")
+    body = text.partition("def step_with_batch_queue(")[2].partition(" def ")[0]
+    for part in (
+        "batch_queue.appendleft((future, scheduler_output, exec_future))",
+        "future, scheduler_output, exec_model_fut = batch_queue.pop()",
+        "model_output = future.result()",
+        "self._process_aborts_queue() engine_core_outputs = self.scheduler.update_from_output( scheduler_output, "
+        "model_output ) self._attach_iteration_details(engine_core_outputs, iteration_details) "
+        "self._attach_weight_version(engine_core_outputs)",
+    ):
+        require(part in body, f"a queued step's {part!r}", "kv_transfer/idle.py")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +92,26 @@ def test_only_a_step_that_computed_nothing_is_followed_by_a_rest(
     assert idle._process_engine_step(engine) is executed
     assert engine.output_queue.get_nowait() == (0, "tokens")
     assert engine.asked == asked
+
+
+@pytest.mark.parametrize(
+    ("queued", "looked_at", "left"),
+    [
+        ((), [], 0),
+        ((0,), [0], 0),
+        ((0, 0), [0, 0], 0),
+        ((0, 7), [], 2),  # vLLM waits for the one that computes when it has something to queue behind it
+        ((7,), [], 1),
+    ],
+)
+def test_the_result_of_a_step_that_computed_nothing_is_looked_at_at_once(
+    queued: tuple[int, ...], looked_at: list[int], left: int
+) -> None:
+    engine: Any = Engine(False, True, set(), queued)
+    idle._process_engine_step(engine)
+    found = [engine.output_queue.get_nowait() for _ in range(engine.output_queue.qsize())]
+    assert found == [(0, "tokens"), *((num_tokens, "result") for num_tokens in looked_at)]
+    assert len(engine.batch_queue) == left
 
 
 def test_a_rest_ends_with_the_first_request() -> None:
