@@ -201,8 +201,6 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         elsewhere = {r for r, keeper in metadata.keepers.items() if keeper != self.rank}
         metadata.reqs_in_batch = metadata.reqs_in_batch - elsewhere
         self._reqs_to_process -= elsewhere  # where it was before it was preempted
-        if self._begun or self._reqs_to_send:
-            self._silence_limit.apply()
         super().start_load_kv(metadata)
         for request_id, slot in metadata.lease_slots.items():
             if request_id in self._reqs_to_send:
@@ -212,6 +210,8 @@ class TokenParallelConnectorWorker(ChecksumWorker):
                     self._lease_table.mark_ready(slot)
             else:  # it was read to its end before this worker heard that it was kept, or another rank keeps it
                 self._lease_table.end(slot)
+        if self._begun or self._reqs_to_send:
+            self._silence_limit.apply()  # it takes milliseconds, so under the reads that were posted
         spin.rest(metadata.idle and bool(self._reqs_to_send) and not self._begun)
         if metadata.idle:
             self._path.settle(_IDLE_WAIT_SECONDS)

@@ -37,3 +37,10 @@ def test_new_connections_are_found_at_most_once_a_second() -> None:
         limit._applied -= 1.0
         limit.apply()
         assert user_timeout(client) == 20_000
+        number = client.fileno()
+        client.close()
+        with socket.create_connection(server.getsockname()) as other:
+            assert other.fileno() == number
+            limit._applied -= 1.0
+            limit.apply()
+            assert user_timeout(other) == 20_000

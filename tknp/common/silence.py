@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 SILENCE_SECONDS = 20
 """Longer than a switch or a route takes to come back, shorter than a client's patience."""
@@ -24,20 +24,29 @@ class SilenceLimit:
     def __init__(self, seconds: int = SILENCE_SECONDS) -> None:
         self._seconds = seconds
         self._applied = -1.0
+        self._known: set[tuple[str, str]] = set()
 
     def apply(self) -> None:
-        """Limits every TCP connection of this process; at most once a second, some 10 us for each open file."""
+        """Limits every TCP connection of this process; at most once a second, some 4 us for each open file, and 10 for
+        each socket that is new."""
         now = time.monotonic()
         if now - self._applied < 1.0:
             return
         self._applied = now
-        for entry in Path("/proc/self/fd").iterdir():
-            # Files come and go meanwhile.
-            with suppress(OSError):
-                if str(entry.readlink()).startswith("socket:"):
-                    with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                        if connection.family in (socket.AF_INET, socket.AF_INET6):
-                            limit_silence(connection, self._seconds)
+        sockets = set(_sockets())
+        for number, _ in sockets - self._known:
+            with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    limit_silence(connection, self._seconds)
+        self._known = sockets
+
+
+def _sockets() -> Iterator[tuple[str, str]]:
+    """Number and name of each that this process has open; the name, `socket:[...]`, is the kernel's, and no other's."""
+    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208 - a path of each would take longer than all the rest
+        with suppress(OSError):  # files come and go meanwhile
+            if (name := os.readlink(f"/proc/self/fd/{number}")).startswith("socket:"):  # noqa: PTH115
+                yield number, name
 
 
 def limit_silence(connection: socket.socket, seconds: int) -> None:
