@@ -178,12 +178,21 @@ def transfer(
         int | None,
         typer.Option(min=1, help="With --engines: pull while prefill computes, so many tokens in a step."),
     ] = None,
+    next_turn: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Real engines: a prefill engine pulls what a decode engine has of a prompt, and computes so many "
+            "tokens more.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
 ) -> None:
     """KV from one engine to another: vLLM's connector and ours."""
     from bench.decode import environment
     from bench.transfer.compare import CASES, Plan, compare, table
     from bench.transfer.first_token import compare_first_tokens, first_token_table
+    from bench.transfer.next_turn import compare_next_turns, next_turn_table
 
     plan = Plan(
         paths=tuple(path),
@@ -196,10 +205,18 @@ def transfer(
         streamed_chunk=streamed_chunk,
     )
     rows: list[Any] = []
-    for row in compare_first_tokens(plan, typer.echo) if engines else compare(plan, typer.echo):
+    found: Any
+    as_table: Any
+    if next_turn is not None:
+        found, as_table = compare_next_turns(plan, next_turn, typer.echo), next_turn_table
+    elif engines:
+        found, as_table = compare_first_tokens(plan, typer.echo), first_token_table
+    else:
+        found, as_table = compare(plan, typer.echo), table
+    for row in found:
         rows.append(row)
         if output is not None:  # after each row, so that an interrupted run leaves what it had
             output.parent.mkdir(parents=True, exist_ok=True)
             record = {"environment": environment(), "rows": [vars(row) for row in rows]}
             output.write_text(json.dumps(record, indent=1) + "\n")
-    typer.echo(first_token_table(rows) if engines else table(rows))
+    typer.echo(as_table(rows))

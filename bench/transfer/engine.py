@@ -21,7 +21,11 @@ KV_CACHE_BYTES = 20 << 30
 
 @dataclass(frozen=True)
 class EngineJob:
-    """As SideJob; `max_model_len`, and `step_tokens` of a step, in tokens."""
+    """As SideJob; `max_model_len`, and `step_tokens` of a step, in tokens.
+
+    Attributes:
+        has_prefix_cache: to see what a prompt costs whose KV cache is here already.
+    """
 
     path: str
     role: str
@@ -31,12 +35,13 @@ class EngineJob:
     device: int
     port: int
     step_tokens: int = 16_384
+    has_prefix_cache: bool = False
 
 
 def serve(job: EngineJob, pipe: Any) -> None:
-    """Answers ("generate", requests, tokens, seed, `kv_transfer_params` of each or None) with seconds to the last first
-    token, each token and what its request leaves for a decode engine, and the time at the end; ("peer",),
-    ("meet", peer) and ("kv_bytes",) as Engine does."""
+    """Answers ("generate", requests, tokens, seed, `kv_transfer_params` of each or None, tokens of an answer or none
+    for one) with seconds to the last answer's end, each first token and what its request leaves for a decode engine,
+    and the time at the end; ("peer",), ("meet", peer) and ("kv_bytes",) as Engine does."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(job.device)
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(job.port)
@@ -64,12 +69,11 @@ class Engine:
             max_num_batched_tokens=job.step_tokens,
             gpu_memory_utilization=0.4,
             kv_cache_memory_bytes=KV_CACHE_BYTES,
-            # To see what a prompt costs whose KV cache is here already.
-            enable_prefix_caching=job.role == "kv_consumer",
+            enable_prefix_caching=job.has_prefix_cache,
             enforce_eager=True,
             block_size=job.block_size,
             disable_log_stats=False,
-            worker_extension_cls=EXTENSION if job.role == "kv_consumer" and job.path != "stock" else "",
+            worker_extension_cls=EXTENSION if job.role != "kv_producer" and job.path != "stock" else "",
             kv_transfer_config={"kv_role": job.role, "kv_load_failure_policy": "fail", **CONNECTORS[job.path]},
         )
 
@@ -99,14 +103,14 @@ class Engine:
         return total, hidden
 
     def generate(
-        self, requests: int, tokens: int, seed: int, offers: list[Any] | None
+        self, requests: int, tokens: int, seed: int, offers: list[Any] | None, max_tokens: int = 1
     ) -> tuple[float, list[Any], float]:
         from vllm import SamplingParams
 
         sampling = [
             SamplingParams(
                 temperature=0,
-                max_tokens=1,
+                max_tokens=max_tokens,
                 ignore_eos=True,
                 detokenize=False,
                 extra_args={"kv_transfer_params": offers[i]} if offers else None,

@@ -109,7 +109,8 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
                 max(tokens for _, tokens in plan.cases) + plan.block_size,
                 plan.devices[side],
                 15800 + 10 * number + side,
-                *((plan.streamed_chunk,) if plan.streamed_chunk else ()),
+                step_tokens=plan.streamed_chunk or EngineJob.step_tokens,
+                has_prefix_cache=role == "kv_consumer",
             )
             sides.append(Served(f"{path} {role} engine", serve, job))
         prefill, decode = sides
@@ -129,12 +130,19 @@ def _warm_up(pair: _Engines) -> tuple[float, float]:
     for seed in (97, 98):
         pair.prefill.ask("generate", 1, 1024, seed, None)
         pair.decode.ask("generate", 1, 64, seed, None)
+        # Decode steps too, which have attention kernels of their own.
+        pair.decode.ask("generate", 1, 1024, seed, None, 4)
     if pair.path != "stock":
-        pair.decode.ask("meet", pair.prefill.ask("peer"))
-        time.sleep(_CONNECT_SECONDS)
+        introduce(pair.decode, pair.prefill)
     bare = _bare_step(pair, 99)
     first, second = (_hand_over(pair, 1, 1024, seed).seconds - bare for seed in (99, 100))
     return first, second
+
+
+def introduce(reader: Served, source: Served) -> None:
+    """Has the one connect to the other ahead of the first request, as the router does."""
+    reader.ask("meet", source.ask("peer"))
+    time.sleep(_CONNECT_SECONDS)
 
 
 def _bare_step(pair: _Engines, seed: int) -> float:
