@@ -141,7 +141,8 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         self.xfer_handshake_metadata: Any = payload
 
     def _warm_up(self, host: str, port: int, worker: tuple[int, int], agent_name: str) -> None:
-        """Reads the lease table's first row, since UCX connects at the first read; a stock engine has no table.
+        """Reads the lease table's first row, since UCX connects at the first read, and sends a heartbeat that keeps
+        nothing, since it also takes milliseconds to say something for the first time; a stock engine has no table.
 
         Where that fails the first request connects, so it fails nothing else.
         """
@@ -149,6 +150,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
             table = fetch_payload(host, port, worker).lease_table
             if table:
                 self._read_first_row(table[0], agent_name)
+                self.nixl_wrapper.send_notif(agent_name, notif_msg=b"HB:")
         except Exception as error:  # noqa: BLE001 - whatever it is, the handshake was good
             logger.warning("prefill worker %d/%d at %s:%d was not read ahead: %r", *worker, host, port, error)
 

@@ -332,8 +332,13 @@ def test_latent_attention(llama: Path, alone: None, tmp_path: Path) -> None:
     both.prefill.shutdown()
 
 
-def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pair: Callable[..., Pair]) -> None:
+def test_an_engine_that_was_introduced_is_connected_before_the_first_request(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = pair()
+    heard: list[str] = []
+    keeper = both.prefill.workers[0].connector_worker
+    monkeypatch.setattr(keeper, "_handle_heartbeat", heard.append)
     engine_id = both.prefill.config.kv_transfer_config.engine_id
     for worker in both.decode.workers:
         worker.connect_peer(engine_id, "127.0.0.1", both.prefill.port, tp_size=1, dcp_size=1, pp_size=1)
@@ -341,6 +346,8 @@ def test_an_engine_that_was_introduced_is_connected_before_the_first_request(pai
         assert handshake is not None
         handshake.result(20)
         worker.connector_worker._handshake_initiation_executor.shutdown()  # there is no other
+    keeper._get_new_notifs()
+    assert heard == ["", ""]
     tokens = prompt(100, 1)
     assert both.hand_over(tokens, both.offer(tokens)) == 1
     assert both.settle() == []

@@ -98,6 +98,8 @@ def test_a_handshake_is_made_ahead_by_this_method() -> None:
     sent = source(Worker._send_heartbeats)
     order = [sent.index(f"hb_info.{name}") for name in names[1:]]
     require(order == sorted(order), "the order of _ensure_handshake's arguments", WORKER)
+    require('hb_msg = ("HB:" + ",".join(hb_info.req_ids)).encode()' in sent, "a heartbeat that is sent ahead", WORKER)
+    require('if msg.startswith("HB:"):' in source(Worker._get_new_notifs), "a heartbeat that is sent ahead", WORKER)
     require_all(set(names[1:]) - set(HeartbeatInfo.__dataclass_fields__), "fields of HeartbeatInfo", WORKER)
 
 
