@@ -9,15 +9,23 @@ from tests.gpu.engine import EngineSpec
 
 @dataclass(frozen=True)
 class Case:
-    """Ours, the plain vLLM that it must equal, and plain vLLM once more with other chunks (compare.verdict)."""
+    """Ours, the plain vLLM that it must equal, and plain vLLM once more with other chunks (compare.verdict).
+
+    Attributes:
+        control_ways: tensor-parallel size of the control, where it is another: what vLLM itself rounds otherwise when
+            weights are divided in other parts, which spread weights are.
+    """
 
     ours: EngineSpec
     plain: EngineSpec
     overlaps: bool = False
+    control_ways: int | None = None
 
     @property
     def control(self) -> EngineSpec:
-        return replace(self.plain, name=f"{self.plain.name}-control", chunk=96)
+        ways = self.control_ways or self.plain.tensor_parallel_size
+        name = f"{self.plain.name}-control" + (f"-tp{ways}" if self.control_ways else "")
+        return replace(self.plain, name=name, chunk=96, tensor_parallel_size=ways)
 
     @property
     def engines(self) -> tuple[EngineSpec, ...]:
@@ -55,9 +63,9 @@ CASES = [
     Case(_ours(_MOE, "t1p2-mixtral"), _MOE),
     Case(_ours(_FP8, "t1p2-fp8-weights"), _FP8),
     Case(_ours(_W4A16, "t1p2-w4a16"), _W4A16),
-    Case(_ours(_MQA_TP2, "t1p2-spread", variant="spread"), _MQA_TP2),
+    Case(_ours(_MQA_TP2, "t1p2-spread", variant="spread"), _MQA_TP2, control_ways=1),
     Case(_ours(_MQA_FLOAT, "t1p2-spread-float32", variant="spread"), _MQA_FLOAT),
-    Case(_ours(_FEW_HEADS, "t2p2-spread", roots=2, variant="spread"), _FEW_HEADS),
+    Case(_ours(_FEW_HEADS, "t2p2-spread", roots=2, variant="spread"), _FEW_HEADS, control_ways=2),
     Case(_ours(_FEW_HEADS_FLOAT, "t2p2-spread-float32", roots=2, variant="spread"), _FEW_HEADS_FLOAT),
     Case(_ours(_TP1, "t1p4", ranks=4), _TP1, overlaps=True),
     Case(_ours(_TP2, "t2p2", roots=2), _TP2, overlaps=True),
