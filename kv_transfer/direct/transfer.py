@@ -83,7 +83,7 @@ class PageCopier:
             num_bytes = 0
             for length, positions in destinations.by_length(destination_ids):
                 chosen = positions if isinstance(positions, slice) else torch.from_numpy(positions)
-                from_ids, to_ids = ids[:, chosen]
+                from_ids, to_ids = (row[chosen] for row in ids)
                 self._launch(*tables, from_ids, to_ids, length)
                 num_bytes += length * len(to_ids)
             end.record(self._stream)
@@ -92,11 +92,12 @@ class PageCopier:
 
     def _on_gpu(self, sources: Ids | RegionIds, destinations: Ids | RegionIds) -> Any:
         """`[2, num_pages]`, by one copy and one kernel, for each of which the host takes tens of microseconds."""
-        if not (isinstance(sources, RegionIds) and isinstance(destinations, RegionIds)):
-            return self._copied(np.asarray(sources), np.asarray(destinations))
-        there = self._copied(sources.offsets, sources.blocks, destinations.offsets, destinations.blocks)
-        num_regions = len(sources.offsets)
-        return (there[:, :num_regions, None] + there[:, None, num_regions:]).view(2, -1)
+        if isinstance(sources, RegionIds) and isinstance(destinations, RegionIds):
+            num_regions = len(sources.offsets)
+            if num_regions == len(destinations.offsets):
+                there = self._copied(sources.offsets, sources.blocks, destinations.offsets, destinations.blocks)
+                return (there[:, :num_regions, None] + there[:, None, num_regions:]).view(2, -1)
+        return self._copied(np.asarray(sources), np.asarray(destinations))
 
     def _copied(self, *parts: Any) -> Any:
         """Half of them in each of two rows."""
