@@ -53,7 +53,8 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
     """The attention layers of this process, in the order in which the model runs them.
 
     Raises:
-        RuntimeError: the model has layers that keep a cache but are not vLLM's `Attention`.
+        RuntimeError: the model has layers that keep a cache but are not vLLM's `Attention`, or a backend that is not
+            covered; or vLLM did not load our plugin.
     """
     context = vllm_config.compilation_config.static_forward_context
     # Subclasses attend in ways of their own, which a bare Attention on a KV worker would not repeat.
@@ -64,6 +65,11 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
             f"token parallelism covers vLLM's Attention layers only, but this model also has {sorted(others)}"
         )
     unwrapped = {layer.backend.name for layer in layers.values() if not hasattr(layer.impl, "token_parallel_args")}
+    if covered := unwrapped & set(WRAPPED):
+        raise RuntimeError(
+            f"vLLM chose the attention backend {', '.join(sorted(covered))} without tknp's part of it, since it has not "
+            "loaded the plugin tknp: is the package installed here, and does VLLM_PLUGINS, if it is set, name tknp?"
+        )
     if unwrapped:
         raise RuntimeError(
             f"token parallelism covers the attention backends {', '.join(WRAPPED)}, but vLLM chose "
