@@ -67,8 +67,8 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
     unwrapped = {layer.backend.name for layer in layers.values() if not hasattr(layer.impl, "token_parallel_args")}
     if covered := unwrapped & set(WRAPPED):
         raise RuntimeError(
-            f"vLLM chose the attention backend {', '.join(sorted(covered))} without tknp's part of it, since it has not "
-            "loaded the plugin tknp: is the package installed here, and does VLLM_PLUGINS, if it is set, name tknp?"
+            f"vLLM chose the attention backend {', '.join(sorted(covered))} without tknp's part of it, since it has "
+            "not loaded the plugin tknp: is the package installed here, and does VLLM_PLUGINS, if it is set, name tknp?"
         )
     if unwrapped:
         raise RuntimeError(
