@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -346,7 +347,9 @@ def test_an_engine_that_was_introduced_is_connected_before_the_first_request(
         assert handshake is not None
         handshake.result(20)
         worker.connector_worker._handshake_initiation_executor.shutdown()  # there is no other
-    keeper._get_new_notifs()
+    deadline = time.monotonic() + 10  # they are under way still
+    while len(heard) < len(both.decode.workers) and time.monotonic() < deadline:
+        keeper._get_new_notifs()
     assert heard == ["", ""]
     tokens = prompt(100, 1)
     assert both.hand_over(tokens, both.offer(tokens)) == 1
