@@ -6,7 +6,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from bench.transfer.compare import Plan
 from bench.transfer.engine import EngineJob, serve
@@ -53,15 +52,17 @@ class _Turn:
 
 
 def compare_next_turns(plan: Plan, new_tokens: int, say: Callable[[str], None]) -> Iterator[NextTurnRow]:
-    """One path after the other; of a case, the tokens of each request count.
+    """One path after the other.
 
     Raises:
         RuntimeError: an engine failed, did not answer in time, or pulled nothing.
-        ValueError: vLLM's own connector is to be compared.
+        ValueError: vLLM's own connector is to be compared, or a case has several requests.
     """
     assert plan.devices is not None
     if "stock" in plan.paths:
         raise ValueError("vLLM's own connector does not pull back; give --path direct or another of ours")
+    if several := [f"{requests}x{tokens}" for requests, tokens in plan.cases if requests != 1]:
+        raise ValueError(f"a turn is one request, but of {', '.join(several)} there are more; give --case 1x8192")
     for path in plan.paths:
         prefill, decode = (
             Served(
@@ -74,11 +75,11 @@ def compare_next_turns(plan: Plan, new_tokens: int, say: Callable[[str], None]) 
                     plan.block_size,
                     max(tokens for _, tokens in plan.cases) + new_tokens + plan.block_size,
                     device,
-                    port,
+                    15900 + number,
                     has_prefix_cache=side == "decode",
                 ),
             )
-            for side, device, port in zip(("prefill", "decode"), plan.devices, count(15900), strict=False)
+            for number, (side, device) in enumerate(zip(("prefill", "decode"), plan.devices, strict=True))
         )
         with ready(prefill, decode):
             introduce(decode, prefill)

@@ -44,3 +44,7 @@ def test_new_connections_are_found_at_most_once_a_second() -> None:
             limit._applied -= 1.0
             limit.apply()
             assert user_timeout(other) == 20_000
+            other.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
+            limit._applied -= 1.0
+            limit.apply()
+            assert user_timeout(other) == 0, "it is known, and not looked at again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
 
-from kv_transfer import spin
 from kv_transfer.connector import TokenParallelKVConnector
 from kv_transfer.identity import OFFER_PARAM
 from kv_transfer.worker import TokenParallelConnectorWorker
@@ -29,41 +28,6 @@ from tests.kv_transfer.world import vllm_log
 from tests.services.building import BLOCK_SIZE
 from tests.soak.handovers import Fate, hand_over
 from tknp.common.ports import PortError, free_port
-
-
-@pytest.fixture
-def pair(llama: Path, alone: None) -> Iterator[Callable[..., Pair]]:
-    made: list[Pair] = []
-
-    def make(prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None) -> Pair:
-        made.append(Pair(llama, prefill or {}, decode or {}))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.decode.shutdown()
-        one.prefill.shutdown()
-
-
-@pytest.fixture(scope="module")
-def both(llama: Path, alone: None) -> Iterator[Pair]:
-    """Engines for the tests that need nothing special of them."""
-    made = Pair(llama, {}, {})
-    yield made
-    made.decode.shutdown()
-    made.prefill.shutdown()
-
-
-def test_workers_sleep_between_steps_while_there_is_nothing_but_leases(pair: Callable[..., Pair]) -> None:
-    both = pair()
-    tokens = prompt(100, 31)
-    params = both.offer(tokens)
-    both.prefill.step()
-    assert spin._is_resting
-    assert both.hand_over(tokens, params) == 1
-    both.settle()
-    both.prefill.step()
-    assert not spin._is_resting
 
 
 def test_an_engine_does_not_start_where_its_port_stays_taken(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,26 +358,3 @@ def test_a_thousand_hand_overs_that_end_in_every_phase(llama: Path, alone: None)
     assert summary["left"] == [], summary
     assert set(summary["fates"]) == set(Fate)
     assert summary["stale"]["lease_ended"] > 50 and summary["pulls"] > 300
-
-
-def test_an_engine_looks_less_often_after_leases_that_are_old(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    connector = both.prefill.scheduler.connector
-    tokens = prompt(100, 30)
-    params = both.offer(tokens)
-    fresh = connector.rest_seconds(False)
-    monkeypatch.setattr("kv_transfer.scheduler._FRESH_SECONDS", 0.0)
-    assert connector.rest_seconds(True) < fresh < connector.rest_seconds(False) <= 0.25
-    assert both.hand_over(tokens, params) == 1
-    both.settle()
-
-
-def test_an_engine_does_not_rest_when_kv_cache_has_arrived(both: Pair) -> None:
-    tokens = prompt(100, 31)
-    connector = both.decode.scheduler.connector
-    both.decode.add("arrives", tokens, 1, both.offer(tokens))
-    while not both.decode.scheduler.finished_recving_kv_req_ids:
-        both.decode.step()
-        assert (connector.rest_seconds(True) == 0) == bool(both.decode.scheduler.finished_recving_kv_req_ids)
-    both.decode.step()
-    assert connector.rest_seconds(True) > 0
-    both.settle()

@@ -121,6 +121,13 @@ def test_a_rank_pulls_its_own_requests_only_into_local_blocks(worker: Worker) ->
     assert set(worker.half._recving_metadata) == {"mine"}
 
 
+def test_connections_are_limited_behind_the_reads_that_wait_for_nothing(worker: Worker) -> None:
+    seen: list[set[str]] = []
+    worker.half._silence_limit = SimpleNamespace(apply=lambda: seen.append(set(worker.read)))
+    worker.order(mine=(Pull(1, 1), [11, 29]))
+    assert seen == [{"mine"}]
+
+
 def test_the_root_s_ids_are_global_already(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Worker(world, 0, monkeypatch)
     root.order(mine=(Pull(0, 1), [3, 4]), other=(Pull(1, 1), [11]))
