@@ -87,6 +87,7 @@ class Soak:
         self._excused_until = 0.0
         self._num_under_way = 0
         self._looking: set[asyncio.Task[None]] = set()
+        self._pulled_before_kills = 0.0
 
     async def run(self) -> dict[str, Any]:
         """The summary; `ok` says whether all of it is as it must be."""
@@ -167,7 +168,9 @@ class Soak:
             seconds = self._chaos.choice((2.0, 8.0, 20.0))
             self._told(f"SIGSTOP {engine.name} for {seconds:.0f} s")
             await asyncio.to_thread(engine.pause, seconds)
-        elif drawn < 0.7:
+            return
+        self._pulled_before_kills += await asyncio.to_thread(_bytes_pulled_back, engine)
+        if drawn < 0.7:
             self._told(f"SIGKILL {engine.name}")
             await asyncio.to_thread(engine.kill)
         else:
@@ -245,18 +248,19 @@ class Soak:
             **footprint,
             "retries": self._metric("tknp_retries_total"),
             "continuations": self._metric("tknp_stream_continuations_total"),
-            "bytes_pulled_back": self._bytes_pulled_back(),
+            "bytes_pulled_back": self._pulled_before_kills + sum(map(_bytes_pulled_back, self._engines)),
             "pull_backs": {end: self._metric("tknp_pull_backs_total", end=end) for end in PullBackEnd},
             "plan": asdict(self._plan),
         }
 
-    def _bytes_pulled_back(self) -> float:
-        """By the prefill engines, each since it was last started."""
-        prefill = [e for e in self._engines if e.name.startswith("prefill") and e.is_healthy()]
-        return sum(engine.service.metric("tknp_kv_transfer_bytes_total") for engine in prefill)
-
     def _metric(self, name: str, **labels: str) -> float | None:
         return self._router.metric(name, **labels) if self._router.process.poll() is None else None
+
+
+def _bytes_pulled_back(engine: SoakEngine) -> float:
+    """By a prefill engine, since it was last started; 0 by others, and by one that does not answer."""
+    is_asked = engine.name.startswith("prefill") and engine.is_healthy()
+    return engine.service.metric("tknp_kv_transfer_bytes_total") if is_asked else 0.0
 
 
 @contextmanager
