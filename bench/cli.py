@@ -178,6 +178,16 @@ def transfer(
         int | None,
         typer.Option(min=1, help="With --engines: pull while prefill computes, so many tokens in a step."),
     ] = None,
+    ahead: Annotated[
+        bool,
+        typer.Option(
+            "--ahead", help="With --engines: the decode engine has the request before prefill ends, and pulls then."
+        ),
+    ] = False,
+    sources: Annotated[
+        int,
+        typer.Option(min=1, help="With --engines: prefill engines, to see a first request with so many of them."),
+    ] = 1,
     next_turn: Annotated[
         int | None,
         typer.Option(
@@ -203,6 +213,8 @@ def transfer(
         repeats=repeats,
         link=link * 1e9 or None,
         streamed_chunk=streamed_chunk,
+        ahead=ahead,
+        sources=sources,
     )
     rows: list[Any] = []
     found: Any

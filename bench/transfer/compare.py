@@ -62,6 +62,8 @@ class Plan:
         link: bytes per second; None to believe any result.
         streamed_chunk: of real engines, tokens that the prefill engine computes in a step; the decode engine then pulls
             what is there. None to pull afterwards.
+        ahead: real engines, that do not stream: the decode engine has the request before prefill computes it.
+        sources: real prefill engines, of which each has a first request; one of them is measured otherwise.
     """
 
     paths: tuple[str, ...] = ("stock", "direct")
@@ -72,6 +74,8 @@ class Plan:
     repeats: int = 7
     link: float | None = NVLINK_BYTES_PER_SECOND
     streamed_chunk: int | None = None
+    ahead: bool = False
+    sources: int = 1
 
     @property
     def num_blocks(self) -> int:

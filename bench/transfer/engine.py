@@ -15,9 +15,6 @@ from bench.shapes import SHAPES
 from bench.transfer.side import CONNECTORS
 from services.kv_peers import EXTENSION
 
-KV_CACHE_BYTES = 20 << 30
-"""Enough for the largest case and some, and so little that two engines fit on a GPU."""
-
 
 @dataclass(frozen=True)
 class EngineJob:
@@ -25,6 +22,8 @@ class EngineJob:
 
     Attributes:
         has_prefix_cache: to see what a prompt costs whose KV cache is here already.
+        tells_layers: of a streamed prompt, so that they are pulled while the others are computed.
+        kv_cache_bytes: enough for the largest case and some, and so little that several engines fit on a GPU.
     """
 
     path: str
@@ -36,6 +35,8 @@ class EngineJob:
     port: int
     step_tokens: int = 16_384
     has_prefix_cache: bool = False
+    tells_layers: bool = True
+    kv_cache_bytes: int = 20 << 30
 
 
 def serve(job: EngineJob, pipe: Any) -> None:
@@ -59,6 +60,7 @@ class Engine:
     def __init__(self, job: EngineJob) -> None:
         from vllm import LLM
 
+        self._num_ids = SHAPES[job.shape].vocab_size - 1
         self._llm = LLM(
             # One directory for all: the connectors compare its name.
             str(SHAPES[job.shape].write_config(Path(tempfile.gettempdir()) / f"tknp-bench-{job.shape}")),
@@ -67,14 +69,14 @@ class Engine:
             max_model_len=job.max_model_len,
             max_num_seqs=32,
             max_num_batched_tokens=job.step_tokens,
-            gpu_memory_utilization=0.4,
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            gpu_memory_utilization=0.1,  # which has to be free; what is taken for KV cache comes next
+            kv_cache_memory_bytes=job.kv_cache_bytes,
             enable_prefix_caching=job.has_prefix_cache,
             enforce_eager=True,
             block_size=job.block_size,
             disable_log_stats=False,
             worker_extension_cls=EXTENSION if job.role != "kv_producer" and job.path != "stock" else "",
-            kv_transfer_config={"kv_role": job.role, "kv_load_failure_policy": "fail", **CONNECTORS[job.path]},
+            kv_transfer_config=_transfer_config(job),
         )
 
     def peer(self) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class Engine:
             for i in range(requests)
         ]
         prompts: list[Any] = [
-            {"prompt_token_ids": [(i * 7919 + j * 13 + seed * 101) % 100_000 + 1 for j in range(tokens)]}
+            {"prompt_token_ids": [(i * 7919 + j * 13 + seed * 101) % self._num_ids + 1 for j in range(tokens)]}
             for i in range(requests)
         ]
         begin = time.perf_counter()
@@ -130,3 +132,11 @@ class Engine:
     def shutdown(self) -> None:
         """Ends the engine's own process, too, which would keep its ports."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _transfer_config(job: EngineJob) -> dict[str, Any]:
+    connector = CONNECTORS[job.path]
+    config = {"kv_role": job.role, "kv_load_failure_policy": "fail", **connector}
+    if not job.tells_layers:
+        config["kv_connector_extra_config"] = {**connector["kv_connector_extra_config"], "stream_layers": False}
+    return config

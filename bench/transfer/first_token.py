@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.shapes import SHAPES
 from bench.transfer.compare import BeyondLinkError, Plan
@@ -18,20 +18,22 @@ class FirstTokenRow:
     """One path and case; medians.
 
     Attributes:
-        first_token_ms: from handing the decode engine the requests, or, of streamed ones, from the prefill engine's
-            answer, to the last of their first tokens, beyond a bare decode step.
+        first_token_ms: from handing the decode engine the requests, or, where it had them before, from the prefill
+            engine's answer, to the last of their first tokens, beyond a bare decode step.
         beyond_resident_ms: the same beyond the first token of the same requests when their KV cache is there already,
-            so that what vLLM does with a long prompt in any case is left out; means nothing for streamed ones, whose
-            prompt the decode engine has read by then.
+            so that what vLLM does with a long prompt in any case is left out; means nothing where the decode engine
+            had the requests before, and has read their prompts.
         gigabytes_per_second: of the bytes that were not hidden.
         hidden_share: of the bytes pulled, those that had arrived when the decode engine heard of the prefill's end.
         first_ms: the same of the first request between the two engines, of 1,024 tokens, which are connected by then
-            if the decode engine is ours.
+            if the decode engine is ours; median of all prefill engines.
         later_ms: the same of those after it, of the same length.
+        first_beyond_later_ms: how much longer it took than those, with each prefill engine.
         handover_ms: `first_token_ms` less what these bytes take on the link at its nominal rate.
         equal_tokens: share of first tokens that are the ones the prefill engine computed itself, with another kernel;
             random weights leave many near ties.
         streamed_chunk: tokens that the prefill engine computes in a step while KV cache streams; 0 if it does not.
+        ahead: whether the decode engine had the requests before.
     """
 
     path: str
@@ -48,18 +50,25 @@ class FirstTokenRow:
     prefill_ms: float
     first_ms: float
     later_ms: float
+    first_beyond_later_ms: list[float]
     hidden_share: float
     equal_tokens: float
     repeats: int
     streamed_chunk: int
+    ahead: bool
 
 
 @dataclass(frozen=True)
 class _Engines:
     path: str
-    prefill: Served
+    prefills: list[Served]
     decode: Served
-    is_streamed: bool
+    is_ahead: bool
+
+    @property
+    def prefill(self) -> Served:
+        """The one that is measured."""
+        return self.prefills[0]
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class _Run:
     hidden_share: float
 
 
-_FIRST_REQUESTS = 8
+_FIRST_REQUESTS, _FIRST_TOKENS = 8, 1024
 _CONNECT_SECONDS = 5.0
 """In which engines that were told of one another have connected, in the background."""
 
@@ -96,53 +105,75 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
         ValueError: vLLM's own connector is to stream.
     """
     assert plan.devices is not None
-    if plan.streamed_chunk and "stock" in plan.paths:
-        raise ValueError("vLLM's own connector does not stream; give --path direct or --path nixl")
-    pairs = []
-    for number, path in enumerate(plan.paths):
-        sides: list[Served] = []
-        for side, role in enumerate(("kv_producer", "kv_consumer")):
-            job = EngineJob(
-                path,
-                role,
-                plan.shape,
-                plan.block_size,
-                max(tokens for _, tokens in plan.cases) + plan.block_size,
-                plan.devices[side],
-                15800 + 10 * number + side,
-                step_tokens=plan.streamed_chunk or EngineJob.step_tokens,
-                has_prefix_cache=role == "kv_consumer",
-            )
-            sides.append(Served(f"{path} {role} engine", serve, job))
-        prefill, decode = sides
-        pairs.append(_Engines(path, prefill, decode, is_streamed=plan.streamed_chunk is not None))
-    with ready(*(side for pair in pairs for side in (pair.prefill, pair.decode))):
-        first = {pair.path: _warm_up(pair) for pair in pairs}
-        for path, (one, later) in first.items():
-            say(f"{path}: first request {one * 1e3:.1f} ms, later ones {later * 1e3:.1f} ms")
+    if (plan.streamed_chunk or plan.ahead) and "stock" in plan.paths:
+        raise ValueError(
+            "vLLM's own connector pulls only after prefill; give --path direct or --path nixl with --streamed-chunk or "
+            "--ahead"
+        )
+    if plan.streamed_chunk and plan.ahead:
+        raise ValueError("--ahead is without streaming; give it or --streamed-chunk, not both")
+    pairs = [_start(plan, path, 15800 + 20 * number) for number, path in enumerate(plan.paths)]
+    with ready(*(side for pair in pairs for side in (*pair.prefills, pair.decode))):
+        first = {pair.path: _first_requests(pair) for pair in pairs}
+        for path, seconds in first.items():
+            for one, later in seconds:
+                say(f"{path}: first request {one * 1e3:.1f} ms, later ones {later * 1e3:.1f} ms")
         for requests, tokens in plan.cases:
             for row in _measure(plan, pairs, requests, tokens, first):
                 say(str(row))
                 yield row
 
 
-def _warm_up(pair: _Engines) -> tuple[float, float]:
-    """Seconds of the first request and of later ones beyond a bare step, after kernels are compiled on both sides."""
+def _start(plan: Plan, path: str, port: int) -> _Engines:
+    assert plan.devices is not None
+    job = EngineJob(
+        path,
+        "kv_producer",
+        plan.shape,
+        plan.block_size,
+        max(tokens for _, tokens in plan.cases) + plan.block_size,
+        plan.devices[0],
+        port,
+        step_tokens=plan.streamed_chunk or EngineJob.step_tokens,
+        tells_layers=not plan.ahead,
+    )
+    # These have one request of theirs, and then some more.
+    small = replace(job, max_model_len=2 * _FIRST_TOKENS, kv_cache_bytes=1 << 30)
+    jobs = [job, *(replace(small, port=port + number) for number in range(1, plan.sources))]
+    decode = replace(job, role="kv_consumer", device=plan.devices[1], port=port + len(jobs), has_prefix_cache=True)
+    return _Engines(
+        path,
+        [Served(f"{path} prefill engine {number}", serve, one) for number, one in enumerate(jobs)],
+        Served(f"{path} decode engine", serve, replace(decode, tells_layers=True)),
+        is_ahead=plan.ahead or plan.streamed_chunk is not None,
+    )
+
+
+def _first_requests(pair: _Engines) -> list[tuple[float, float]]:
+    """With each prefill engine, seconds of the first request and of later ones beyond a bare step, after kernels are
+    compiled on both sides."""
     for seed in (97, 98):
-        pair.prefill.ask("generate", 1, 1024, seed, None)
+        for prefill in pair.prefills:
+            prefill.ask("generate", 1, _FIRST_TOKENS, seed, None)
         pair.decode.ask("generate", 1, 64, seed, None)
         # Decode steps too, which have attention kernels of their own.
-        pair.decode.ask("generate", 1, 1024, seed, None, 4)
+        pair.decode.ask("generate", 1, _FIRST_TOKENS, seed, None, 4)
     if pair.path != "stock":
-        introduce(pair.decode, pair.prefill)
+        introduce(pair.decode, *pair.prefills)
     bare = _bare_step(pair, 99)
-    first, *later = (_hand_over(pair, 1, 1024, seed).seconds - bare for seed in range(99, 99 + _FIRST_REQUESTS))
-    return first, statistics.median(later)
+    found = []
+    for number, prefill in enumerate(pair.prefills):
+        one = replace(pair, prefills=[prefill])
+        seeds = range(99 + number * _FIRST_REQUESTS, 99 + (number + 1) * _FIRST_REQUESTS)
+        first, *later = (_hand_over(one, 1, _FIRST_TOKENS, seed).seconds - bare for seed in seeds)
+        found.append((first, statistics.median(later)))
+    return found
 
 
-def introduce(reader: Served, source: Served) -> None:
-    """Has the one connect to the other ahead of the first request, as the router does."""
-    reader.ask("meet", source.ask("peer"))
+def introduce(reader: Served, *sources: Served) -> None:
+    """Has the one connect to the others ahead of the first request, as the router does."""
+    for source in sources:
+        reader.ask("meet", source.ask("peer"))
     time.sleep(_CONNECT_SECONDS)
 
 
@@ -154,7 +185,7 @@ def _bare_step(pair: _Engines, seed: int) -> float:
 def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _Run:
     ask = ("generate", requests, tokens, seed)
     before = pair.decode.ask("kv_bytes")
-    if pair.is_streamed:
+    if pair.is_ahead:
         names = [f"{pair.path}-{requests}-{tokens}-{seed}-{i}" for i in range(requests)]
         where = {**pair.prefill.ask("peer"), "do_remote_prefill": True, "do_remote_decode": False}
         pair.decode.tell(*ask, [{**where, "tknp_stream": name} for name in names])
@@ -172,7 +203,7 @@ def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _Run:
 
 
 def _measure(
-    plan: Plan, pairs: Sequence[_Engines], requests: int, tokens: int, first: dict[str, tuple[float, float]]
+    plan: Plan, pairs: Sequence[_Engines], requests: int, tokens: int, first: dict[str, list[tuple[float, float]]]
 ) -> Iterator[FirstTokenRow]:
     size = requests * tokens * SHAPES[plan.shape].kv_bytes_per_token
     runs: dict[str, list[_Run]] = {pair.path: [] for pair in pairs}
@@ -188,7 +219,7 @@ def _measure(
         median = statistics.median(beyond)
         hidden = statistics.median(run.hidden_share for run in measured)
         exposed = size * (1 - hidden)
-        if not pair.is_streamed and plan.link is not None and size / median > plan.link:
+        if not pair.is_ahead and plan.link is not None and size / median > plan.link:
             raise BeyondLinkError(
                 f"{pair.path}, {requests} x {tokens} tokens: {size / median / 1e9:.0f} GB/s, but the link gives "
                 f"{plan.link / 1e9:.0f}"
@@ -212,12 +243,14 @@ def _measure(
             handover_ms=round((median - exposed / plan.link if plan.link else median) * 1e3, 3),
             bare_step_ms=round(bare * 1e3, 3),
             prefill_ms=round(statistics.median(run.prefill_seconds for run in measured) * 1e3, 1),
-            first_ms=round(first[pair.path][0] * 1e3, 1),
-            later_ms=round(first[pair.path][1] * 1e3, 1),
+            first_ms=round(statistics.median(one for one, _ in first[pair.path]) * 1e3, 1),
+            later_ms=round(statistics.median(later for _, later in first[pair.path]) * 1e3, 1),
+            first_beyond_later_ms=[round((one - later) * 1e3, 1) for one, later in first[pair.path]],
             hidden_share=round(hidden, 4),
             equal_tokens=round(statistics.fmean(run.equal_tokens for run in runs[pair.path]), 3),
             repeats=len(measured),
             streamed_chunk=plan.streamed_chunk or 0,
+            ahead=pair.is_ahead,
         )
 
 
