@@ -20,9 +20,9 @@ class FirstTokenRow:
     Attributes:
         first_token_ms: from handing the decode engine the requests, or, where it had them before, from the prefill
             engine's answer, to the last of their first tokens, beyond a bare decode step.
-        beyond_resident_ms: the same beyond the first token of the same requests when their KV cache is there already,
-            so that what vLLM does with a long prompt in any case is left out; means nothing where the decode engine
-            had the requests before, and has read their prompts.
+        beyond_resident_ms: the same beyond the first token of requests of one token more when their KV cache is there
+            already, so that what vLLM does with a long prompt in any case is left out; means nothing where the decode
+            engine had the requests before, and has read their prompts.
         gigabytes_per_second: of the bytes that were not hidden.
         hidden_share: of the bytes pulled, those that had arrived when the decode engine heard of the prefill's end.
         first_ms: the same of the first request between the two engines, of 1,024 tokens, which are connected by then
@@ -83,6 +83,9 @@ class _Run:
 
 
 _FIRST_REQUESTS, _FIRST_TOKENS = 8, 1024
+_SHORT_TOKENS = 64
+"""Full blocks, whatever the block size."""
+
 _CONNECT_SECONDS = 5.0
 """In which engines that were told of one another have connected, in the background."""
 
@@ -155,7 +158,7 @@ def _first_requests(pair: _Engines) -> list[tuple[float, float]]:
     for seed in (97, 98):
         for prefill in pair.prefills:
             prefill.ask("generate", 1, _FIRST_TOKENS, seed, None)
-        pair.decode.ask("generate", 1, 64, seed, None)
+        pair.decode.ask("generate", 1, _SHORT_TOKENS, seed, None)
         # Decode steps too, which have attention kernels of their own.
         pair.decode.ask("generate", 1, _FIRST_TOKENS, seed, None, 4)
     if pair.path != "stock":
@@ -178,8 +181,12 @@ def introduce(reader: Served, *sources: Served) -> None:
 
 
 def _bare_step(pair: _Engines, seed: int) -> float:
-    seconds: float = statistics.median(pair.decode.ask("generate", 1, 64, 900 + seed + i, None)[0] for i in range(3))
-    return seconds
+    """Seconds of a request of which all but one token are here: a decode step, as that of one that was pulled."""
+    seconds = []
+    for i in range(3):
+        pair.decode.ask("generate", 1, _SHORT_TOKENS, 900 + seed + i, None)
+        seconds.append(pair.decode.ask("generate", 1, _SHORT_TOKENS + 1, 900 + seed + i, None)[0])
+    return float(statistics.median(seconds))
 
 
 def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _Run:
@@ -196,7 +203,7 @@ def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _Run:
     else:
         prefill_seconds, prefilled, _ = pair.prefill.ask(*ask, [OFFER] * requests)
         seconds, decoded, _ = pair.decode.ask(*ask, [offer for _, offer in prefilled])
-    resident_seconds, _, _ = pair.decode.ask(*ask, None)
+    resident_seconds, _, _ = pair.decode.ask("generate", requests, tokens + 1, seed, None)
     num_bytes, hidden = (now - then for now, then in zip(pair.decode.ask("kv_bytes"), before, strict=True))
     equal = statistics.fmean(a == b for (a, _), (b, _) in zip(prefilled, decoded, strict=True))
     return _Run(seconds, prefill_seconds, resident_seconds, equal, hidden / num_bytes if num_bytes else 0.0)
