@@ -170,7 +170,7 @@ def decode(
             min=0,
             help="Requests from which a decode step on GPUs runs in two micro-batches, the root's matrix products of "
             "one under the attention of the other; 0 is never.",
-            show_default="where a rank's KV cache outweighs the model's weights",
+            show_default="chosen at each step, by what was measured at start",
         ),
     ] = None,
     side_channel_port: SideChannelPort = None,

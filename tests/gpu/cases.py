@@ -12,13 +12,14 @@ class Case:
     """Ours, the plain vLLM that it must equal, and plain vLLM once more with other chunks (compare.verdict).
 
     Attributes:
+        micro_batches: in which steps of several requests run.
         control_ways: tensor-parallel size of the control, where it is another: what vLLM itself rounds otherwise when
             weights are divided in other parts, which spread weights are.
     """
 
     ours: EngineSpec
     plain: EngineSpec
-    overlaps: bool = False
+    micro_batches: tuple[int, ...] = (1,)
     control_ways: int | None = None
 
     @property
@@ -55,11 +56,12 @@ def _ours(plain: EngineSpec, name: str, ranks: int = 2, roots: int = 1, variant:
 
 
 CASES = [
-    Case(_ours(_TP1, "t1p2"), _TP1, overlaps=True),
+    Case(_ours(_TP1, "t1p2"), _TP1, micro_batches=(2,)),
+    Case(_ours(_TP1, "t1p2-chosen", variant="chosen"), _TP1, micro_batches=(1, 2)),
     Case(_ours(_TP1, "t1p2-serial", variant="serial"), _TP1),
     Case(_ours(_TP1, "t1p2-piecewise", variant="piecewise"), _TP1),
-    Case(_ours(_FLOAT, "t1p2-float32"), _FLOAT, overlaps=True),
-    Case(_ours(_GEMMA, "t1p2-gemma2"), _GEMMA, overlaps=True),
+    Case(_ours(_FLOAT, "t1p2-float32"), _FLOAT, micro_batches=(2,)),
+    Case(_ours(_GEMMA, "t1p2-gemma2"), _GEMMA, micro_batches=(2,)),
     Case(_ours(_MOE, "t1p2-mixtral"), _MOE),
     Case(_ours(_FP8, "t1p2-fp8-weights"), _FP8),
     Case(_ours(_W4A16, "t1p2-w4a16"), _W4A16),
@@ -67,8 +69,8 @@ CASES = [
     Case(_ours(_MQA_FLOAT, "t1p2-spread-float32", variant="spread"), _MQA_FLOAT),
     Case(_ours(_FEW_HEADS, "t2p2-spread", roots=2, variant="spread"), _FEW_HEADS, control_ways=2),
     Case(_ours(_FEW_HEADS_FLOAT, "t2p2-spread-float32", roots=2, variant="spread"), _FEW_HEADS_FLOAT),
-    Case(_ours(_TP1, "t1p4", ranks=4), _TP1, overlaps=True),
-    Case(_ours(_TP2, "t2p2", roots=2), _TP2, overlaps=True),
+    Case(_ours(_TP1, "t1p4", ranks=4), _TP1, micro_batches=(2,)),
+    Case(_ours(_TP2, "t2p2", roots=2), _TP2, micro_batches=(2,)),
     Case(_ours(_TP2, "t2p2-serial", roots=2, variant="serial"), _TP2),
-    Case(_ours(_FLOAT, "t2p2-float32", roots=2), _FLOAT, overlaps=True),
+    Case(_ours(_FLOAT, "t2p2-float32", roots=2), _FLOAT, micro_batches=(2,)),
 ]

@@ -18,12 +18,10 @@ class BlockPartition:
 
     Attributes:
         num_blocks: of each rank.
-        root_work: blocks whose attention takes the root as long as what it computes while the others attend.
         num_shards: workers of each rank, which divide the KV heads of its blocks among them.
     """
 
     num_blocks: tuple[int, ...]
-    root_work: int = 0
     num_shards: int = 1
 
     @property

@@ -112,6 +112,11 @@ class Batch:
         scheduled = self.num_scheduled_tokens
         return all(n == 1 for n in scheduled.values()) and all(self._num_computed[r] for r in scheduled)
 
+    def num_rows_and_blocks(self) -> tuple[int, int]:
+        """Of a scheduled decode step, in all ranks; blocks of the first KV cache group."""
+        scheduled, size = self.num_scheduled_tokens, self._block_sizes[0]
+        return len(scheduled), sum(self._num_computed[request_id] // size + 1 for request_id in scheduled)
+
     def decode_rows(self, request_ids: Sequence[str]) -> DecodeRows:
         """One row for each of this rank's own `request_ids`, all in a decode step."""
         count = len(request_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def leave_out_fusion(vllm_config: Any) -> None:
 
 
 def make_graph_model(vllm_config: Any, model: Any, graphs: Graphs, layers: Mapping[str, Any]) -> GraphModel:
-    """On the root: the model for graphs of one micro-batch or, from `graphs.sizes.overlap_from` rows on, of two."""
+    """On the root: the model for graphs of one micro-batch and, from `graphs.sizes.overlap_from` rows on, of two."""
     overlap = _overlap_from(vllm_config, layers.values(), model.parameters())
     if overlap is not None and (reason := _shared_by_streams(vllm_config.model_config)) is not None:
         tell_of_no_overlap(reason)
@@ -138,7 +139,7 @@ def _shared_by_streams(model_config: Any) -> str | None:
 
 
 def _overlap_from(vllm_config: Any, layers: Iterable[Any], parameters: Iterable[torch.Tensor]) -> int | None:
-    """Rows from which decode steps run in two micro-batches; None for never."""
+    """Rows from which decode steps can run in two micro-batches; None for never."""
     options = TokenParallelOptions.of(vllm_config)
     if options.overlap_from is not None:
         return options.overlap_from or None
@@ -149,8 +150,8 @@ def _overlap_from(vllm_config: Any, layers: Iterable[Any], parameters: Iterable[
     return overlap_threshold(weight_bytes, kv_bytes, vllm_config.model_config.max_model_len, options.size)
 
 
-def captured_sizes(cudagraph_manager: Any, overlap: int | None) -> GraphSizes:
-    """What vLLM's runner has captured for decode steps."""
+def captured_sizes(cudagraph_manager: Any, known: GraphSizes) -> GraphSizes:
+    """What vLLM's runner has captured for decode steps, with what is known of it."""
     descriptors = cudagraph_manager.graphs if cudagraph_manager is not None else {}
     sizes = {d.num_tokens for d in descriptors if d.cg_mode == CUDAGraphMode.FULL and d.uniform_token_count == 1}
-    return GraphSizes(tuple(sorted(sizes)), overlap)
+    return replace(known, sizes=tuple(sorted(sizes)))

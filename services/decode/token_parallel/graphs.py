@@ -18,6 +18,7 @@ import torch
 from services.decode.token_parallel.batch import Batch
 from services.decode.token_parallel.exchange import Exchange, StepTables
 from services.decode.token_parallel.micro_batch import MAX_MICRO_BATCHES, GraphSizes, MicroBatch, divide
+from services.decode.token_parallel.overlap import Overlap
 from services.decode.token_parallel.own_rows import OwnRows
 from services.decode.token_parallel.rows import RowLayout
 
@@ -57,6 +58,8 @@ class Graphs:
         self.exchange = exchange
         self.sizes = GraphSizes()
         """Its sizes are known once the root has captured its graphs."""
+        self.overlap: Overlap | None = None
+        """Chooses where there are graphs with one micro-batch and with two; two if it is None."""
         self.micro_batch = 0
         """The one whose layers are being captured."""
         self.first_sent = torch.cuda.Event() if torch.cuda.is_available() else None
@@ -84,6 +87,8 @@ class Graphs:
             self.step = None
         else:
             parts = self.sizes.num_micro_batches(size)
+            if parts > 1 and self.overlap is not None and not self.overlap.pays(*batch.num_rows_and_blocks()):
+                parts = 1
             self.step = GraphStep(size, divide(batch.scheduled_by_rank(), parts))
             self.exchange.num_steps += 1
         return self.step

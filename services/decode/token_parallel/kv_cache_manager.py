@@ -13,6 +13,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
+from services.decode.token_parallel.overlap import get_overlap
 from services.decode.token_parallel.placement import RankState, choose_rank
 from tknp.common.partition import BlockPartition
 
@@ -114,6 +115,7 @@ class PartitionedKVCacheManager:
         expected = [0] * self.partition.size
         for request_id, rank in self._owner.items():
             expected[rank] += self._expected_blocks[request_id]
+        overlap = get_overlap()
         ranks = [
             RankState(
                 num_blocks=num_blocks - 1,  # less the null block
@@ -123,7 +125,7 @@ class PartitionedKVCacheManager:
                 num_hit_tokens=hits[rank][1],
                 num_needed_blocks=self._blocks_for(request.num_tokens) - (held := self._blocks_for(hits[rank][1])),
                 num_hit_blocks=held,
-                other_work=0 if rank else self.partition.root_work,
+                other_work=0 if rank or overlap is None else overlap.root_work(sum(requests) + 1, sum(expected)),
             )
             for rank, (num_blocks, free) in enumerate(
                 zip(self.partition.num_blocks, self.free_blocks_per_rank(), strict=True)

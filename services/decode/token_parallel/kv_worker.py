@@ -32,6 +32,7 @@ from services.decode.token_parallel.graph_setup import make_graphs
 from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_graphs import KVGraphs
 from services.decode.token_parallel.layers import attention_layers, make_layers, parameter_bytes
+from services.decode.token_parallel.overlap import Overlap
 from services.decode.token_parallel.rows import RowLayout
 from services.decode.token_parallel.status import block_report, worker_status
 from services.kv_peers import KVBothWorker
@@ -241,6 +242,11 @@ class KVWorker(KVBothWorker, WorkerBase):
         return (
             None if self._kv_graphs is None or self.context.batch is None else self._kv_graphs.pace(self.context.batch)
         )
+
+    def set_token_parallel_overlap(self, overlap: Overlap) -> None:
+        """As the root's."""
+        assert self.context.graphs is not None
+        self.context.graphs.overlap = overlap
 
     # -- calls to all workers of an engine that concern only those with a model --
 

@@ -53,11 +53,13 @@ class GraphSizes:
 
     Attributes:
         sizes: rows of the captured graphs, ascending; empty where there are none.
-        overlap_from: rows from which a graph holds two micro-batches; None if none does.
+        overlap_from: rows from which a graph can hold two micro-batches; None if none can.
+        has_whole: whether there are graphs with one, too, of as many rows.
     """
 
     sizes: tuple[int, ...] = ()
     overlap_from: int | None = None
+    has_whole: bool = False
 
     def size_for(self, num_rows: int) -> int | None:
         """Rows of the smallest graph that holds `num_rows`, as vLLM's dispatcher chooses it; None if none does."""
@@ -65,7 +67,7 @@ class GraphSizes:
         return self.sizes[index] if num_rows > 0 and index < len(self.sizes) else None
 
     def num_micro_batches(self, size: int) -> int:
-        """Micro-batches in the graph of `size` rows."""
+        """The most micro-batches in a graph of `size` rows."""
         return 2 if self.overlap_from is not None and size >= self.overlap_from and size % 2 == 0 else 1
 
     def worker_shapes(self) -> list[tuple[int, int]]:
@@ -74,7 +76,8 @@ class GraphSizes:
         limits = dict.fromkeys(range(1, MAX_MICRO_BATCHES + 1), 0)
         for size in self.sizes:
             parts = self.num_micro_batches(size)
-            limits[parts] = max(limits[parts], size // parts)
+            for held in {parts, 1} if self.has_whole else {parts}:
+                limits[held] = max(limits[held], size // held)
         return [(rows, parts) for parts, limit in limits.items() for rows in _steps_up_to(limit)]
 
 
@@ -85,11 +88,11 @@ def _steps_up_to(limit: int) -> list[int]:
 
 
 def overlap_threshold(weight_bytes: int, kv_bytes_per_token: int, max_model_len: int, num_ranks: int) -> int:
-    """Rows from which two micro-batches pay.
+    """Rows from which two micro-batches can pay.
 
     Each micro-batch reads the root's weights once more, so it pays where a rank's attention takes longer than that:
-    where its share of the KV cache has more bytes than the weights. Requests are taken to be as long as they may be,
-    because an engine whose KV cache is the bottleneck is what token parallelism is for.
+    where its share of the KV cache has more bytes than the weights. Here requests are as long as they may be; whether
+    it pays with those that there are is seen at each step (overlap.py).
 
     Args:
         kv_bytes_per_token: of all layers of one root.

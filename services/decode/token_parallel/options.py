@@ -52,7 +52,7 @@ class TokenParallelOptions:
         size: number of token-parallel ranks; 1 means plain vLLM.
         blocks_per_rank: KV blocks of each rank, root first; None gives every rank what its memory holds.
         overlap_from: rows from which a decode step on GPUs runs in two micro-batches, so that the root computes matrix
-            products while the others attend; 0 is never, None where it should pay (micro_batch.overlap_threshold).
+            products while the others attend; 0 is never, None where it pays (overlap.py).
         nodes: the hosts that the ranks are spread over; None where there is only one, or Ray places them.
         weights: `root`, on the root workers alone, or `spread`, over the workers of all ranks.
     """

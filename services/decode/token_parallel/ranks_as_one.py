@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import logging
 import os
+import statistics
 from typing import Any
 
 from vllm.logger import init_logger
@@ -23,8 +24,8 @@ from services.decode.token_parallel.engine_state import get_engine_state
 from services.decode.token_parallel.graph_setup import leave_out_fusion
 from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.options import TokenParallelOptions, refuse_unsupported
-from services.decode.token_parallel.pace import root_work_in_blocks
-from tknp.common.partition import BlockPartition, get_partition, set_partition
+from services.decode.token_parallel.overlap import Overlap, set_overlap
+from tknp.common.partition import BlockPartition, set_partition
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -99,19 +100,22 @@ class RanksAsOne(MultiprocExecutor):
 
     def compile_or_warm_up_model(self) -> None:
         super().compile_or_warm_up_model()
-        # The scheduler is made after this.
-        partition = get_partition()
         paces = super().collective_rpc("token_parallel_pace")
-        dense, per_block = paces[0], [pace for pace in paces[self._grid.num_known :] if pace is not None]
-        if partition is not None and dense is not None and per_block:
-            work = root_work_in_blocks(dense, per_block)
-            set_partition(dataclasses.replace(partition, root_work=work))
-            logger.info(
-                "token parallelism: the root's matrix products take %.1f ms, as long as attention to %d KV blocks, so "
-                "it is given that much less of it",
-                dense * 1e3,
-                work,
-            )
+        root, per_block = paces[0], [pace for pace in paces[self._grid.num_known :] if pace]
+        # For the scheduler, which is made after this.
+        overlap = Overlap(root, statistics.fmean(per_block), self._options.size) if root and per_block else None
+        set_overlap(overlap)
+        if overlap is None:
+            return
+        super().collective_rpc("set_token_parallel_overlap", args=(overlap,))
+        logger.info(
+            "token parallelism: steps of %d rows and more may run in two micro-batches; of %d rows the root's matrix "
+            "products then take %.1f ms, as long as attention to %d KV blocks, so it is given that much less of it",
+            root.rows[0],
+            root.rows[-1],
+            root.halved[-1] * 1e3,
+            round(root.halved[-1] / overlap.block_seconds),
+        )
 
     def _divide(self, total: int, bytes_per_block: list[int]) -> BlockPartition:
         room = [

@@ -10,13 +10,17 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from services.decode.token_parallel.batch import Batch, max_blocks
 from services.decode.token_parallel.context import TokenParallelContext
+from services.decode.token_parallel.either_graph import capture_halves
 from services.decode.token_parallel.graph_setup import captured_sizes, make_graph_model, make_graphs
 from services.decode.token_parallel.graphs import Graphs
 from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
-from services.decode.token_parallel.pace import seconds_of
+from services.decode.token_parallel.micro_batch import GraphSizes
+from services.decode.token_parallel.options import TokenParallelOptions
+from services.decode.token_parallel.overlap import Overlap, RootPace
+from services.decode.token_parallel.pace import root_pace
 from services.decode.token_parallel.status import block_report, worker_status
 from services.kv_peers import KVBothWorker
 from tknp.common.partition import RankPlace, set_place
@@ -98,7 +102,7 @@ class ModelWorker(KVBothWorker, PlatformWorker):
         finally:
             self._warming_up = False
         if (graphs := self.context.graphs) is not None:
-            graphs.sizes = captured_sizes(self.model_runner.cudagraph_manager, graphs.sizes.overlap_from)
+            graphs.sizes = captured_sizes(self.model_runner.cudagraph_manager, graphs.sizes)
         return times
 
     _warming_up = False
@@ -151,20 +155,34 @@ class RootWorker(ModelWorker):
             self.model_runner.model = make_graph_model(self.vllm_config, self.model_runner.model, graphs, layers)
 
     def compile_or_warm_up_model(self) -> Any:
+        graphs = self.context.graphs
+        if graphs is None:
+            return super().compile_or_warm_up_model()
+        # Where nobody has said when steps overlap, there are graphs of both kinds to choose from.
+        is_said = TokenParallelOptions.of(self.vllm_config).overlap_from is not None
+        overlap_from = None if is_said else graphs.sizes.overlap_from
+        if overlap_from is not None:
+            graphs.sizes = GraphSizes()
         times = super().compile_or_warm_up_model()
-        if (graphs := self.context.graphs) is not None:
-            self._group.broadcast_object(graphs.sizes, src=0)
+        if overlap_from is not None and graphs.sizes.sizes:
+            capture_halves(self.model_runner, graphs, overlap_from)
+            graphs.sizes = captured_sizes(self.model_runner.cudagraph_manager, graphs.sizes)
+        self._group.broadcast_object(graphs.sizes, src=0)
         return times
 
-    def token_parallel_pace(self) -> float | None:
-        """Seconds of a decode step in which this root does not attend, of the largest batch that runs in micro-batches;
-        None if none does, since the others then wait for it anyway."""
+    def token_parallel_pace(self) -> RootPace | None:
+        """Of decode steps in which this root does not attend; None if they never overlap, since the others then wait
+        for it anyway."""
         graphs = self.context.graphs
-        if graphs is None or not graphs.sizes.sizes or graphs.sizes.num_micro_batches(graphs.sizes.sizes[-1]) == 1:
+        if graphs is None or self.model_runner.cudagraph_manager is None:
             return None
         captured = self.model_runner.cudagraph_manager.graphs
-        largest = max(captured, key=lambda descriptor: descriptor.num_tokens)
-        return seconds_of(captured[largest].replay)  # nobody owns a row yet
+        return root_pace(graphs.sizes, captured, len(attention_layers(self.vllm_config)))
+
+    def set_token_parallel_overlap(self, overlap: Overlap) -> None:
+        """By what the root's steps, and with them all others', are divided."""
+        assert self.context.graphs is not None
+        self.context.graphs.overlap = overlap
 
 
 class SpreadWorker(ModelWorker):

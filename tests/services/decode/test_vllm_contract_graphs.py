@@ -26,6 +26,11 @@ def test_a_decode_step_replays_the_smallest_graph_that_holds_it() -> None:
     require(
         "self.graphs[desc] = graph" in source(CudaGraphManager.capture), "manager.graphs", "worker.token_parallel_pace"
     )
+    require(
+        "self.graphs[desc].replay()" in source(CudaGraphManager.run_fullgraph), "how one is replayed", "EitherGraph"
+    )
+    again = source(CudaGraphManager.release_graphs)
+    require("self.graphs.clear()" in again, "release_graphs()", "either_graph.capture_halves")
     require(CUDAGraphMode.FULL_AND_PIECEWISE.decode_mode() == CUDAGraphMode.FULL, "decode_mode()", "graph_setup")
 
 

@@ -14,8 +14,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from services.decode.token_parallel.executor import TokenParallelExecutor
 from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.options import TokenParallelOptions
+from services.decode.token_parallel.overlap import Overlap, RootPace, get_overlap, set_overlap
 from tests.services.building import BLOCK_SIZE, tiny_config
-from tknp.common.partition import BlockPartition, get_partition, set_partition
+from tknp.common.partition import get_partition
 
 NUM_LAYERS = 4
 BLOCK_BYTES = NUM_LAYERS * BLOCK_SIZE * 2 * 2 * 32 * 4
@@ -74,16 +75,33 @@ def test_spread_weights_every_worker_is_told_its_rank_s_blocks(config: Any, sent
     assert partition is not None and (partition.num_blocks, partition.num_shards) == ((30, 45), 2)
 
 
-def test_the_root_s_matrix_products_count_as_blocks(config: Any, sent: list[Any], monkeypatch: Any) -> None:
-    made = executor(config, 30 * BLOCK_BYTES, 50 * BLOCK_BYTES)
-    made.initialize_from_config([planned(config, 80)])
+ROOT = RootPace(num_layers=4, rows=(8,), halved=(0.006,))
+
+
+@pytest.mark.parametrize(
+    ("root", "workers", "block_seconds"),
+    [(ROOT, [0.002, 0.004], 0.003), (None, [0.002, None], None), (ROOT, [None, 0.0], None)],
+)
+def test_all_workers_and_the_scheduler_are_told_when_steps_overlap(
+    config: Any, monkeypatch: Any, root: Any, workers: list[Any], block_seconds: float | None
+) -> None:
+    made = executor(config, *[50 * BLOCK_BYTES] * 3)
+    told: list[Any] = []
+
+    def collective_rpc(_: Any, name: str, args: Any = ()) -> list[Any]:
+        if name == "token_parallel_pace":
+            return [root, *workers]
+        assert name == "set_token_parallel_overlap"
+        told.extend(args)
+        return []
+
     monkeypatch.setattr(MultiprocExecutor, "compile_or_warm_up_model", lambda _: None)
-    for root, worker, expected in ((0.006, 0.002, 3), (None, 0.002, 0), (0.006, None, 0)):
-        set_partition(BlockPartition((30, 50)))
-        monkeypatch.setattr(MultiprocExecutor, "collective_rpc", lambda *_, paces=(root, worker): list(paces))
-        made.compile_or_warm_up_model()
-        partition = get_partition()
-        assert partition is not None and partition.root_work == expected
+    monkeypatch.setattr(MultiprocExecutor, "collective_rpc", collective_rpc)
+    made.compile_or_warm_up_model()
+    expected = None if block_seconds is None else Overlap(ROOT, block_seconds, num_ranks=3)
+    assert get_overlap() == expected
+    assert told == [expected] * (expected is not None)
+    set_overlap(None)
 
 
 def test_an_override_of_the_number_of_blocks_is_the_sum(config: Any, sent: list[Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from services.decode.token_parallel.kv_cache_manager import PartitionedKVCacheManager
+from services.decode.token_parallel.overlap import Overlap, RootPace, set_overlap
 from tests.services.building import BLOCK_SIZE, partitioned_manager, request
 
 
@@ -76,6 +77,18 @@ def test_a_freed_request_gives_its_blocks_back_to_its_rank() -> None:
     assert manager.free_blocks_per_rank() == [4, 8]
     assert manager.rank_of("a") is None
     assert manager.requests_per_rank() == [1, 0]
+
+
+def test_a_root_whose_steps_overlap_is_given_less() -> None:
+    # From two requests on, its products take as long as attention to nine blocks.
+    set_overlap(Overlap(RootPace(4, rows=(2, 8), halved=(0.09, 0.09)), block_seconds=0.01, num_ranks=2))
+    try:
+        manager = partitioned_manager((30, 30))
+        for i in range(4):
+            admit(manager, request(f"r{i}", range(1000 * i, 1000 * i + 100)))
+        assert [manager.rank_of(f"r{i}") for i in range(4)] == [1, 1, 1, 0], "four blocks each"
+    finally:
+        set_overlap(None)
 
 
 def test_blocks_popped_for_a_later_free_go_back_through_any_pool() -> None:

@@ -50,6 +50,12 @@ def test_a_kv_worker_has_a_graph_for_any_share_of_any_step() -> None:
     assert len(shapes) == len(set(shapes))
 
 
+def test_where_both_kinds_are_captured_a_kv_worker_has_both() -> None:
+    shapes = GraphSizes((1, 2, 4, 8, 16, 32, 64, 300, 600), overlap_from=64, has_whole=True).worker_shapes()
+    assert max(limit for limit, parts in shapes if parts == 1) == 600
+    assert max(limit for limit, parts in shapes if parts == 2) == 300
+
+
 def test_overlap_pays_where_a_rank_s_kv_cache_is_larger_than_the_weights() -> None:
     # 8B shape, 8,192 tokens, four ranks: a row has 1.07 GB of KV cache, and the weights have 16 GB.
     assert overlap_threshold(16_000_000_000, 131_072, 8192, 4) == 60
