@@ -21,8 +21,8 @@ class EngineSpec:
     """One way to run a model.
 
     Attributes:
-        variant: `chosen` for one micro-batch or two, by the KV cache of a step, `serial` for no micro-batches, `piecewise` for no FULL CUDA graphs either, `spread` for weights on all
-            ranks.
+        variant: `chosen` for one micro-batch or two, by the KV cache of a step, `serial` for never two, `piecewise` for
+            no FULL CUDA graphs either, `spread` for weights on all ranks.
         chunk: tokens of prompts, at most, in a step.
         attention: vLLM's backend; None leaves the choice to it.
         weights: quantisation that vLLM does when it loads.
