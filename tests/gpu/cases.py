@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 
 from tests.gpu.engine import EngineSpec
 
+_FEW_REQUESTS = 10
+
 
 @dataclass(frozen=True)
 class Case:
-    """Ours, the plain vLLM that it must equal, and plain vLLM once more with other chunks (compare.verdict).
+    """Ours, the plain vLLM that it must equal, and plain vLLM once more with other chunks and as few requests in a step
+    as the ranks here hold (compare.verdict).
 
     Attributes:
         micro_batches: in which steps of several requests run.
@@ -26,7 +29,7 @@ class Case:
     def control(self) -> EngineSpec:
         ways = self.control_ways or self.plain.tensor_parallel_size
         name = f"{self.plain.name}-control" + (f"-tp{ways}" if self.control_ways else "")
-        return replace(self.plain, name=name, chunk=96, tensor_parallel_size=ways)
+        return replace(self.plain, name=name, chunk=96, max_num_seqs=_FEW_REQUESTS, tensor_parallel_size=ways)
 
     @property
     def engines(self) -> tuple[EngineSpec, ...]:
@@ -61,6 +64,7 @@ CASES = [
     Case(_ours(_TP1, "t1p2-serial", variant="serial"), _TP1),
     Case(_ours(_TP1, "t1p2-piecewise", variant="piecewise"), _TP1),
     Case(_ours(_FLOAT, "t1p2-float32"), _FLOAT, micro_batches=(2,)),
+    Case(_ours(_FLOAT, "t1p2-chosen-float32", variant="chosen"), _FLOAT, micro_batches=(1, 2)),
     Case(_ours(_GEMMA, "t1p2-gemma2"), _GEMMA, micro_batches=(2,)),
     Case(_ours(_MOE, "t1p2-mixtral"), _MOE),
     Case(_ours(_FP8, "t1p2-fp8-weights"), _FP8),

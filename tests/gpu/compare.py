@@ -12,9 +12,9 @@ bfloat16. float32 has next to none, but Triton's attention multiplies it as TF32
 its logits softly divides, takes the tanh and multiplies, each time in the logit's type
 (model_executor/layers/logits_processor.py): four roundings, four steps.
 
-A control holds the rule itself to account: plain vLLM against plain vLLM with other chunks, and, where our weights are
-divided in other parts than the reference's, of another tensor-parallel size. Where the control differs by more than one
-step, so may we, by as much as it does.
+A control holds the rule itself to account: plain vLLM against plain vLLM with other chunks and smaller batches, as ours
+has them, and, where our weights are divided in other parts than the reference's, of another tensor-parallel size. Where
+the control differs by more than one step, so may we, by as much as it does.
 
 Beside that stands how far the logits of all tokens that were compared are apart, as the root of the mean of their
 squares: thousands of numbers where the rule above has a few dozen, of which it takes the largest. It decides nothing.

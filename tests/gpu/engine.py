@@ -12,7 +12,7 @@ from typing import Any
 
 NUM_PROMPTS, NUM_TOKENS = 40, 64
 _SHARED, _MAX_MODEL_LEN, _BLOCKS_OF_RANK = 160, 512, 70
-_OVERLAP_BLOCKS, _SEVERAL = 100, 5
+_CHOSEN_BLOCKS, _OVERLAP_BLOCKS, _SEVERAL = 200, 300, 4
 _SIZES = [1, 2, 4, 8, 16, 24, 32, 40, 48, 64]
 
 
@@ -24,6 +24,7 @@ class EngineSpec:
         variant: `chosen` for one micro-batch or two, by the KV cache of a step, `serial` for never two, `piecewise` for
             no FULL CUDA graphs either, `spread` for weights on all ranks.
         chunk: tokens of prompts, at most, in a step.
+        max_num_seqs: requests, at most, in a step.
         attention: vLLM's backend; None leaves the choice to it.
         weights: quantisation that vLLM does when it loads.
     """
@@ -37,6 +38,7 @@ class EngineSpec:
     attention: str | None = None
     weights: str | None = None
     chunk: int = 128
+    max_num_seqs: int = _SIZES[-1]
     num_roundings: int = 1
     """See compare.verdict."""
 
@@ -86,19 +88,21 @@ def _start(spec: EngineSpec, model: str) -> Any:
     if spec.variant == "chosen":  # whose rule travels to the workers
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     overlap_from = {"": 4, "spread": 4, "chosen": None}.get(spec.variant, 0)
+    # Enough for as many requests as two micro-batches could pay with.
+    blocks = _CHOSEN_BLOCKS if spec.variant == "chosen" else _BLOCKS_OF_RANK
     llm = TokenParallelLLM(
         model,
         dtype=spec.dtype,
         tensor_parallel_size=spec.tensor_parallel_size,
         token_parallel_size=ranks,
         # So few that requests are preempted; the reference has room for all of them.
-        blocks_per_rank=[_BLOCKS_OF_RANK] * ranks if ranks > 1 else None,
+        blocks_per_rank=[blocks] * ranks if ranks > 1 else None,
         overlap_from=overlap_from,
         token_parallel_weights="spread" if spec.variant == "spread" else "root",
         attention_backend=AttentionBackendEnum[spec.attention] if spec.attention else None,
         quantization=spec.weights,
         max_model_len=_MAX_MODEL_LEN,
-        max_num_seqs=_SIZES[-1],
+        max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.chunk,
         block_size=16,
         # Fixed, because engines that share a GPU would measure one another's memory.
@@ -116,9 +120,8 @@ def _start(spec: EngineSpec, model: str) -> Any:
 
 
 def _overlap(spec: EngineSpec) -> Any:
-    """Two micro-batches where more than so many of the ranks' blocks are attended to, since these models are too small
-    for them to pay: with attention of A to all of them, one takes 1 + A / 2, two max(1.5, (1.5 + A) / 2), which is less
-    from A = 1 on."""
+    """Two micro-batches where more than `_OVERLAP_BLOCKS` are attended to: these models are too small for them to pay.
+    With attention of A to so many, one takes 1 + A / 2, two max(1.5, (1.5 + A) / 2), which is less from A = 1 on."""
     from services.decode.token_parallel.overlap import Overlap, RootPace
 
     root = RootPace(num_layers=0, rows=(4,), halved=(1.5,), whole=(1.0,))
@@ -140,8 +143,10 @@ def _answers(llm: Any, spec: EngineSpec) -> tuple[list[dict[str, Any]], set[int]
                 logits = [{token: of.logprob for token, of in best.items()} for best in choice.logprobs]
                 finished[int(output.request_id)] = {"tokens": list(choice.token_ids), "logits": logits}
         steps += 1
-        if spec.token_parallel_size > 1 and steps % 8 == 0 and NUM_PROMPTS - len(finished) >= _SEVERAL:
-            seen.add(llm.token_parallel_status()[0]["num_micro_batches"])
+        if spec.token_parallel_size > 1 and steps % 4 == 0:
+            root = llm.token_parallel_status()[0]
+            if root["graph_rows"] >= _SEVERAL:
+                seen.add(root["num_micro_batches"])
     return [finished[number] for number in range(NUM_PROMPTS)], seen
 
 

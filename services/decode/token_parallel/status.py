@@ -29,6 +29,7 @@ def worker_status(context: TokenParallelContext, layers: Mapping[str, Any], para
         "step_seconds": context.clock.step_seconds,
         "wait_seconds": context.clock.wait_seconds,
         "num_steps": context.clock.num_steps,
+        "graph_rows": 0 if graph_step is None else graph_step.size,  # of the last step's CUDA graph
         "num_micro_batches": len(graph_step.micro_batches) if graph_step is not None else 1,  # of the last step
     }
 
