@@ -106,7 +106,8 @@ def router(
     ] = [],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=0, help="Runs of each load; medians and their spread are kept.")] = 3,
     cost_turns: Annotated[
-        int, typer.Option(min=0, help="Turns in which what a request and a chunk cost is measured, router by router.")
+        int,
+        typer.Option(min=0, help="Turns that routers take, side by side: CPU of a request and a chunk, rate at 64."),
     ] = 5,
     hold: Annotated[
         float, typer.Option(min=0, help="Seconds that ours holds the most streams while its memory is watched.")

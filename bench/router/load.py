@@ -95,6 +95,7 @@ class Result:
     rss_line_mib: list[list[float]]  # one sample a second, each with the seconds since the load's begin
     foreign_cpu: float
     load_cpu: float
+    turn: int | None = None  # when the turn began to which it belongs, in seconds since 1970; None without turns
 
 
 def request_body(mode: Mode, num_events: int) -> bytes:

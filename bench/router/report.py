@@ -4,16 +4,17 @@ What a request costs is CPU time over requests where answers are whole and come 
 chunk costs, and a request where few come in a second, is taken from two loads that differ in nothing but the chunks of
 a stream: with CPU time c, r requests and e chunks in each, c = a r + b e has one solution (a, b). One has many chunks a
 request, the other has two, so that either cost is most of one load's time. Chunks are paced, so that none are read
-together with others. A ratio is that of two routers' costs in one turn, one after the other; the median of all turns
-counts.
+together with others. A ratio, of costs or of requests a second, is that of two routers in one turn, one after the
+other; the median of all turns counts.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ FAST, PACED, HELD = "fast", "paced", "held"
 """Loads: streams as fast as they go; paced streams; and as many of those as there are, for long."""
 WHOLE, LONG, FEW = "whole", "long", "few"
 """Whole answers as fast as they go; paced streams of many chunks, and of few."""
-_RATIOS = ("cpu_per_request_ratio", "cpu_per_sparse_request_ratio", "cpu_per_chunk_ratio")
+_COST_RATIOS = ("cpu_per_request_ratio", "cpu_per_sparse_request_ratio", "cpu_per_chunk_ratio")
+_RATE_RATIO = "requests_per_second_ratio_httpx"
 REFERENCE, HTTPX = "vllm-router", "fastapi-httpx"
 
 
@@ -100,7 +102,7 @@ def _row(runs: list[Result], baseline: dict[tuple[str, int], list[Result]]) -> R
             return None
         return Spread.of([value - statistics.median(base) for value in values])
 
-    costs = [solution for solution in _costs(runs) if solution is not None]
+    costs = _costs(runs).values()
     return Row(
         router=first.router,
         mode=first.mode,
@@ -132,16 +134,21 @@ class Cost(NamedTuple):
     chunk: float
 
 
-def _costs(runs: Iterable[Result]) -> list[Cost | None]:
-    """Of each turn, what `cost` makes of it."""
-    runs = list(runs)
-    return list(map(cost, *([r for r in runs if r.load == name] for name in (WHOLE, LONG, FEW))))
+def _by_turn(runs: Iterable[Result], load: str) -> dict[int, Result]:
+    """One router's runs of this load, by the turns that it lived through."""
+    return {r.turn: r for r in runs if r.load == load and r.turn is not None and not r.died}
+
+
+def _costs(runs: Sequence[Result]) -> dict[int, Cost]:
+    """By turn, what `cost` makes of it."""
+    whole, many, few = (_by_turn(runs, load) for load in (WHOLE, LONG, FEW))
+    turns = [turn for turn in whole if turn in many and turn in few]
+    found = {turn: cost(whole[turn], many[turn], few[turn]) for turn in turns}
+    return {turn: each for turn, each in found.items() if each is not None}
 
 
 def cost(whole: Result, many: Result, few: Result) -> Cost | None:
-    """None where a router died or the loads don't tell requests and chunks apart."""
-    if whole.died or many.died or few.died:
-        return None
+    """None where the loads don't tell requests and chunks apart."""
     if whole.router_cpu_seconds is None or many.router_cpu_seconds is None or few.router_cpu_seconds is None:
         return None
     determinant = many.num_requests * few.num_events - few.num_requests * many.num_events
@@ -160,51 +167,38 @@ def _quiet(runs: Iterable[Result]) -> list[Result]:
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
     """The figures by which our router is judged. Each ratio that exists for both modes is the worse one."""
-    by_mode = {mode.value: cost_ratios(results, mode) for mode in Mode}
+    by_mode = {mode.value: ratios(results, mode) for mode in Mode}
     worst = {
-        name: max((found[name].median for found in by_mode.values() if name in found), default=None) for name in _RATIOS
+        name: max((found[name].median for found in by_mode.values() if name in found), default=None)
+        for name in (*_COST_RATIOS, _RATE_RATIO)  # the httpx proxy has one mode
     }
-    found = rows(results)
-    ours = [row for row in found if row.router == OURS]
+    ours = [row for row in rows(results) if row.router == OURS]
     largest = max((row.concurrency for row in ours), default=0)
-    httpx = {
-        str(row.concurrency): ratio
-        for row in ours
-        if row.mode == Mode.ONE_LEG and (ratio := _rate_ratio(found, row.concurrency)) is not None
-    }
     return {
         **worst,
-        # Where a proxy has something to do at once, and its pool of connections is not yet what is measured.
-        "requests_per_second_ratio_httpx": httpx.get("64"),
         "errors_at_2000": sum(r.num_errors for r in ours if r.concurrency == 2000) if largest == 2000 else None,
         "restarts": sum(row.num_restarts for row in ours),
-        "by_mode": {
-            mode: {name: asdict(spread) for name, spread in ratios.items()} for mode, ratios in by_mode.items()
-        },
-        "requests_per_second_ratio_httpx_by_streams": httpx,
+        "by_mode": {mode: {name: asdict(spread) for name, spread in found.items()} for mode, found in by_mode.items()},
         "memory_line_mib": {r.mode: memory_line(r) for r in results if r.load == HELD and r.router == OURS},
     }
 
 
-def cost_ratios(results: Sequence[Result], mode: Mode) -> dict[str, Spread]:
-    """Ours over the reference's CPU, of each turn that both lived through."""
-    ours, theirs = (_costs(r for r in results if (r.router, r.mode) == (name, mode)) for name in (OURS, REFERENCE))
-    pairs = [(own, other) for own, other in zip(ours, theirs, strict=False) if own and other]
-    ratios = {
-        name: Spread.of([own[which] / other[which] for own, other in pairs if other[which] > 0])
-        for which, name in enumerate(_RATIOS)
+def ratios(results: Sequence[Result], mode: Mode) -> dict[str, Spread]:
+    """Ours over the reference's CPU, and over the httpx proxy's requests a second, of each turn that both lived
+    through."""
+    ours, reference, httpx = (
+        [r for r in results if (r.router, r.mode) == (name, mode)] for name in (OURS, REFERENCE, HTTPX)
+    )
+    own, theirs = _costs(ours), _costs(reference)
+    pairs = [(each, theirs[turn]) for turn, each in own.items() if turn in theirs]
+    found = {
+        name: Spread.of([each[which] / other[which] for each, other in pairs if other[which] > 0])
+        for which, name in enumerate(_COST_RATIOS)
     }
-    return {name: spread for name, spread in ratios.items() if spread is not None}
-
-
-def _rate_ratio(found: Sequence[Row], concurrency: int) -> float | None:
-    """Ours over the httpx proxy's requests a second, in one leg."""
-    rates = {
-        row.router: row.requests_per_second.median
-        for row in found
-        if row.mode == Mode.ONE_LEG and row.concurrency == concurrency and row.requests_per_second is not None
-    }
-    return round(rates[OURS] / rates[HTTPX], 2) if OURS in rates and rates.get(HTTPX) else None
+    fast, slow = _by_turn(ours, FAST), _by_turn(httpx, FAST)
+    both = [(run.requests_per_second, slow[turn].requests_per_second) for turn, run in fast.items() if turn in slow]
+    found[_RATE_RATIO] = Spread.of([each / other for each, other in both if other > 0])
+    return {name: spread for name, spread in found.items() if spread is not None}
 
 
 def memory_line(held: Result) -> dict[str, Any]:
@@ -255,7 +249,20 @@ def read(path: Path) -> tuple[list[Result], list[dict[str, Any]]]:
     if not path.exists():
         return [], []
     known = json.loads(path.read_text())
-    return [Result(**run) for run in known["runs"]], [*known["earlier_environments"], known["environment"]]
+    runs = list(_with_turns(Result(**run) for run in known["runs"]))
+    return runs, [*known["earlier_environments"], known["environment"]]
+
+
+def _with_turns(runs: Iterable[Result]) -> Iterator[Result]:
+    """Files from before runs told their turns: there the order of a router's runs does. `fast` had no turns then."""
+    num_seen: Counter[tuple[str, str, str]] = Counter()
+    for run in runs:
+        key = run.router, run.mode, run.load
+        if run.turn is None and run.load in (WHOLE, LONG, FEW):
+            yield replace(run, turn=num_seen[key])
+            num_seen[key] += 1
+        else:
+            yield run
 
 
 def record(

@@ -6,9 +6,10 @@ import asyncio
 import os
 import platform
 import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import product
@@ -38,8 +39,8 @@ from tknp.common.ports import free_port
 
 STREAMS_PER_SECOND = 250.0
 """Of paced loads, at most: a quarter to a half of what one core of our router does."""
-COST_CONCURRENCY = 64
-"""Streams at once where the CPU of a request and of a chunk are told apart."""
+TURN_CONCURRENCY = 64
+"""Streams at once of the loads at which routers take turns."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Plan:
 
     concurrencies: tuple[int, ...] = (1, 64, 512, 2000)
     repeats: int = 3
-    cost_turns: int = 5  # what a request and a chunk cost is measured so often
+    cost_turns: int = 5  # so often routers are measured in turns: what a request and a chunk cost, and the rate
     seconds: float = 3.0
     hold_seconds: float = 120.0  # the most streams at once; 0 for not
     num_events: int = 16
@@ -67,23 +68,27 @@ class Plan:
     def loads(self, most_streams: int | None = None, repeat: int = 0) -> Iterator[Load]:
         """Of the turn number `repeat`: large loads take long and vary little, so they have half as many turns."""
         for concurrency in self.concurrencies:
-            if concurrency > COST_CONCURRENCY and 2 * repeat > self.repeats:
+            if concurrency > TURN_CONCURRENCY and 2 * repeat > self.repeats:
                 continue
             if most_streams is not None and concurrency > most_streams:
                 continue
             # Few streams don't reach the rate: one at a time gets its events 2 ms apart, others last half a second.
             period = max(concurrency / STREAMS_PER_SECOND, 0.5) if concurrency > 1 else 0.002 * self.num_events
-            yield Load(FAST, concurrency, 8, self.seconds)
+            if concurrency != TURN_CONCURRENCY:  # there it is measured in turns
+                yield Load(FAST, concurrency, 8, self.seconds)
             yield Load(PACED, concurrency, self.num_events, self.seconds, period)
+
+    def fast_load(self) -> Load:
+        return Load(FAST, TURN_CONCURRENCY, 8, self.seconds)
 
     def cost_loads(self) -> tuple[Load, Load, Load]:
         """Whole answers as fast as they go; nearly all chunks, as far apart in a stream as in the paced load; and
         nearly all requests."""
         period = 0.5 * self.num_long_events / self.num_events
-        ramp = COST_CONCURRENCY / STREAMS_PER_SECOND  # its moments fall between those of the chunks
-        long = Load(LONG, COST_CONCURRENCY, self.num_long_events, period, period, ramp)
-        whole = Load(WHOLE, COST_CONCURRENCY, 0, self.seconds)
-        return whole, long, Load(FEW, COST_CONCURRENCY, 2, 2 * self.seconds, 0.5)
+        ramp = TURN_CONCURRENCY / STREAMS_PER_SECOND  # its moments fall between those of the chunks
+        long = Load(LONG, TURN_CONCURRENCY, self.num_long_events, period, period, ramp)
+        whole = Load(WHOLE, TURN_CONCURRENCY, 0, self.seconds)
+        return whole, long, Load(FEW, TURN_CONCURRENCY, 2, 2 * self.seconds, 0.5)
 
     def held_load(self) -> Load:
         most = max(self.concurrencies)
@@ -154,7 +159,7 @@ async def _compare(
             keep(known)
         for mode in Mode:
             chosen = [router for router in routers if router.mode is mode]
-            known.results.extend(await _measure_costs(plan, chosen, python, engines, cores, tell))
+            known.results.extend(await _measure_in_turns(plan, chosen, python, engines, cores, tell))
             keep(known)
     finally:
         for engine in engines:
@@ -199,7 +204,7 @@ async def _measure(
     return results
 
 
-async def _measure_costs(
+async def _measure_in_turns(
     plan: Plan,
     routers: Sequence[Router],
     python: Path,
@@ -207,20 +212,28 @@ async def _measure_costs(
     cores: tuple[int, int],
     tell: Callable[[str], None],
 ) -> list[Result]:
-    """The routers of one mode take turns, so that whatever else the machine does meets all of them alike."""
+    """The routers of one mode, all of them up, take turns at each load, so that whatever else the machine does meets
+    all of them alike."""
     results: list[Result] = []
     processes: dict[str, RouterProcess] = {}
     try:
-        for turn, router in product(range(plan.cost_turns), routers):
-            try:
-                if router.name not in processes or not processes[router.name].is_alive:
+        # All turns of `fast` first: a request of the httpx proxy costs the more, the more connections its pool holds,
+        # and later loads leave more of them there. It is compared at its best.
+        for loads, number in product(((plan.fast_load(),), plan.cost_loads()), range(plan.cost_turns)):
+            for router in routers:
+                if router.name in processes and processes[router.name].is_alive:
+                    continue
+                try:
                     processes[router.name] = await _start(plan, router, python, engines, cores)
-            except RouterFailedError as error:
-                tell(f"Turn {turn}: {error}")
-                continue
-            process = processes[router.name]
-            for load in plan.cost_loads():
-                results.append(await _told(load, router, engines, cores, process, tell))
+                except RouterFailedError as error:
+                    tell(f"Turn {number}: {error}")
+            turn = int(time.time())
+            for load, router in product(loads, routers):
+                process = processes.get(router.name)
+                if process is not None and process.is_alive:  # one that died is back in the next turn
+                    await _warm_up(router, engines, cores, process)  # while others ran, its connections may have ended
+                    result = await _told(load, router, engines, cores, process, tell)
+                    results.append(replace(result, turn=turn))
     finally:
         for process in processes.values():
             await asyncio.to_thread(process.stop)
@@ -237,11 +250,17 @@ async def _start(
     process = RouterProcess(router.name, router.command(start), start.port, cores[0], log)
     try:
         await asyncio.to_thread(process.wait_ready, request_body(router.mode, 0))
-        await run_load(Load("warm-up", 8, 8, 0.5), router.mode, engines, process.port, cores, process)
+        await _warm_up(router, engines, cores, process)
     except BaseException:
         await asyncio.to_thread(process.stop)
         raise
     return process
+
+
+async def _warm_up(
+    router: Router, engines: tuple[FakeEngine, FakeEngine], cores: tuple[int, int], process: RouterProcess
+) -> None:
+    await run_load(Load("warm-up", 8, 8, 0.5), router.mode, engines, process.port, cores, process)
 
 
 async def _told(
@@ -307,5 +326,5 @@ def _environment(plan: Plan) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"tknp": __version__, "uvloop": version("uvloop")},
         "plan": settings,
-        "loads": [asdict(load) for load in (*plan.loads(), *plan.cost_loads(), plan.held_load())],
+        "loads": [asdict(load) for load in (*plan.loads(), plan.fast_load(), *plan.cost_loads(), plan.held_load())],
     }
