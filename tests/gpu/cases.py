@@ -15,7 +15,7 @@ class Case:
     as the ranks here hold (compare.verdict).
 
     Attributes:
-        micro_batches: in which steps of several requests run.
+        micro_batches: in which steps of several requests replay graphs.
         control_ways: tensor-parallel size of the control, where it is another: what vLLM itself rounds otherwise when
             weights are divided in other parts, which spread weights are.
     """
@@ -62,7 +62,7 @@ CASES = [
     Case(_ours(_TP1, "t1p2"), _TP1, micro_batches=(2,)),
     Case(_ours(_TP1, "t1p2-chosen", variant="chosen"), _TP1, micro_batches=(1, 2)),
     Case(_ours(_TP1, "t1p2-serial", variant="serial"), _TP1),
-    Case(_ours(_TP1, "t1p2-piecewise", variant="piecewise"), _TP1),
+    Case(_ours(_TP1, "t1p2-piecewise", variant="piecewise"), _TP1, micro_batches=()),
     Case(_ours(_FLOAT, "t1p2-float32"), _FLOAT, micro_batches=(2,)),
     Case(_ours(_FLOAT, "t1p2-chosen-float32", variant="chosen"), _FLOAT, micro_batches=(1, 2)),
     Case(_ours(_GEMMA, "t1p2-gemma2"), _GEMMA, micro_batches=(2,)),
@@ -75,6 +75,7 @@ CASES = [
     Case(_ours(_FEW_HEADS_FLOAT, "t2p2-spread-float32", roots=2, variant="spread"), _FEW_HEADS_FLOAT),
     Case(_ours(_TP1, "t1p4", ranks=4), _TP1, micro_batches=(2,)),
     Case(_ours(_TP2, "t2p2", roots=2), _TP2, micro_batches=(2,)),
+    Case(_ours(_TP2, "t2p2-chosen", roots=2, variant="chosen"), _TP2, micro_batches=(1, 2)),
     Case(_ours(_TP2, "t2p2-serial", roots=2, variant="serial"), _TP2),
     Case(_ours(_FLOAT, "t2p2-float32", roots=2), _FLOAT, micro_batches=(2,)),
 ]

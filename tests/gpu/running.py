@@ -107,7 +107,8 @@ def _untested(case: Case, ours: Outcome) -> str | None:
     if not ours.prefix_hits:
         return "no prefix was found in the cache"
     if case.micro_batches != tuple(ours.micro_batches):
-        return f"steps ran in {' and '.join(map(str, ours.micro_batches))} micro-batches"
+        seen = " and ".join(map(str, ours.micro_batches))
+        return f"steps replayed graphs of {seen} micro-batches" if seen else "no step replayed a graph"
     return None
 
 

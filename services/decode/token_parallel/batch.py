@@ -112,10 +112,12 @@ class Batch:
         scheduled = self.num_scheduled_tokens
         return all(n == 1 for n in scheduled.values()) and all(self._num_computed[r] for r in scheduled)
 
-    def num_rows_and_blocks(self) -> tuple[int, int]:
-        """Of a scheduled decode step, in all ranks; blocks of the first KV cache group."""
-        scheduled, size = self.num_scheduled_tokens, self._block_sizes[0]
-        return len(scheduled), sum(self._num_computed[request_id] // size + 1 for request_id in scheduled)
+    def blocks_by_rank(self) -> list[int]:
+        """Of the first KV cache group, that each rank attends to in a scheduled decode step."""
+        blocks, size = [0] * self.place.partition.size, self._block_sizes[0]
+        for request_id in self.num_scheduled_tokens:
+            blocks[self._owner[request_id]] += self._num_computed[request_id] // size + 1
+        return blocks
 
     def decode_rows(self, request_ids: Sequence[str]) -> DecodeRows:
         """One row for each of this rank's own `request_ids`, all in a decode step."""

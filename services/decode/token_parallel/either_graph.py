@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from services.decode.token_parallel.graphs import Graphs
@@ -24,19 +26,33 @@ class EitherGraph:
         (self.halved if step is not None and len(step.micro_batches) > 1 else self.whole).replay()
 
 
-def capture_halves(runner: Any, graphs: Graphs, overlap_from: int) -> None:
-    """Captures all graphs once more, now with two micro-batches from so many rows on, and keeps both.
+@contextmanager
+def capturing_both(runner: Any, graphs: Graphs, overlap_from: int) -> Iterator[None]:
+    """While it lasts, vLLM's model runner captures graphs with one micro-batch, and once more with two from so many
+    rows on, and keeps both. What its `capture_model` returns are the bytes of both.
 
-    Args:
-        runner: vLLM's model runner, which has captured them with one.
+    A patch of this one runner: behind vLLM's own capture it would be too late, since vLLM then freezes the heap, which
+    a capture unfreezes, and begins to watch for kernels that are compiled late (v1/worker/gpu_worker.py,
+    compile_or_warm_up_model).
     """
-    manager = runner.cudagraph_manager
-    whole = dict(manager.graphs)
-    manager.release_graphs()
-    graphs.sizes = GraphSizes(overlap_from=overlap_from, has_whole=True)
-    runner.capture_model()
-    for descriptor, halved in manager.graphs.items():
-        if graphs.sizes.num_micro_batches(descriptor.num_tokens) > 1:
-            manager.graphs[descriptor] = EitherGraph(whole[descriptor], halved, graphs)
-        else:
-            manager.graphs[descriptor] = whole[descriptor]
+    capture = runner.capture_model
+
+    def capture_both(**options: Any) -> int:
+        manager = runner.cudagraph_manager
+        graphs.sizes = GraphSizes()
+        num_bytes = capture(**options)
+        whole = dict(manager.graphs)
+        manager.release_graphs()
+        graphs.sizes = GraphSizes(overlap_from=overlap_from, has_whole=True)
+        num_bytes += capture(**options)
+        for descriptor, halved in manager.graphs.items():
+            is_either = graphs.sizes.num_micro_batches(descriptor.num_tokens) > 1
+            one = whole[descriptor]
+            manager.graphs[descriptor] = EitherGraph(one, halved, graphs) if is_either else one
+        return int(num_bytes)
+
+    runner.capture_model = capture_both
+    try:
+        yield
+    finally:
+        runner.capture_model = capture

@@ -59,7 +59,7 @@ class Graphs:
         self.sizes = GraphSizes()
         """Its sizes are known once the root has captured its graphs."""
         self.overlap: Overlap | None = None
-        """Chooses where there are graphs with one micro-batch and with two; two if it is None."""
+        """Chooses where there are graphs with one micro-batch and with two; one if it is None."""
         self.micro_batch = 0
         """The one whose layers are being captured."""
         self.first_sent = torch.cuda.Event() if torch.cuda.is_available() else None
@@ -87,8 +87,9 @@ class Graphs:
             self.step = None
         else:
             parts = self.sizes.num_micro_batches(size)
-            if parts > 1 and self.overlap is not None and not self.overlap.pays(*batch.num_rows_and_blocks()):
-                parts = 1
+            if parts > 1 and self.sizes.has_whole:
+                overlaps = self.overlap is not None and self.overlap.pays(size, batch.blocks_by_rank())
+                parts = parts if overlaps else 1
             self.step = GraphStep(size, divide(batch.scheduled_by_rank(), parts))
             self.exchange.num_steps += 1
         return self.step

@@ -115,7 +115,7 @@ class PartitionedKVCacheManager:
         expected = [0] * self.partition.size
         for request_id, rank in self._owner.items():
             expected[rank] += self._expected_blocks[request_id]
-        overlap = get_overlap()
+        other_work = self._root_work(sum(requests) + 1, sum(expected))
         ranks = [
             RankState(
                 num_blocks=num_blocks - 1,  # less the null block
@@ -125,7 +125,7 @@ class PartitionedKVCacheManager:
                 num_hit_tokens=hits[rank][1],
                 num_needed_blocks=self._blocks_for(request.num_tokens) - (held := self._blocks_for(hits[rank][1])),
                 num_hit_blocks=held,
-                other_work=0 if rank or overlap is None else overlap.root_work(sum(requests) + 1, sum(expected)),
+                other_work=0 if rank else other_work,
             )
             for rank, (num_blocks, free) in enumerate(
                 zip(self.partition.num_blocks, self.free_blocks_per_rank(), strict=True)
@@ -157,6 +157,12 @@ class PartitionedKVCacheManager:
         """Blocks of all groups that a request of `num_tokens` holds at most."""
         groups = zip(self.managers[0].coordinator.single_type_managers, self._max_blocks, strict=True)
         return sum(min(-(-num_tokens // group.block_size), most) for group, most in groups)
+
+    def _root_work(self, num_requests: int, num_blocks: int) -> int:
+        """See RankState.other_work. Blocks here are those of all KV cache groups, which are taken to have as many each;
+        the rule's are those of the first."""
+        overlap, num_groups = get_overlap(), len(self._max_blocks)
+        return 0 if overlap is None else overlap.root_work(num_requests, num_blocks // num_groups) * num_groups
 
     def _forget(self, request_id: str) -> int | None:
         self._expected_blocks.pop(request_id, None)

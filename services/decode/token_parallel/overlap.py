@@ -3,6 +3,7 @@ placement of requests, works out alike."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +35,7 @@ class Overlap:
     """The rule.
 
     In one micro-batch the root's matrix products and everybody's attention follow one another; in two they overlap, and
-    the root, which is given less attention for that, computes its products twice: a step then takes as long as the
-    root's products or, if that is longer, a rank's share of all the work.
+    the root, which is given less attention for that, reads its weights twice. Either takes as long as its last rank.
 
     Attributes:
         block_seconds: of attention to a KV block, in all layers.
@@ -46,21 +46,32 @@ class Overlap:
     block_seconds: float
     num_ranks: int
 
-    def pays(self, num_rows: int, num_blocks: int) -> bool:
-        """Whether a step of so many rows, over so many KV blocks of all ranks, is faster in two micro-batches; asked of
-        steps that can run so."""
+    def pays(self, num_rows: int, blocks_by_rank: Sequence[int]) -> bool:
+        """Whether a step of so many rows is faster in two micro-batches; asked of steps that can run so.
+
+        Args:
+            blocks_by_rank: KV blocks that each rank attends to, the root's first.
+        """
+        attention = [blocks * self.block_seconds for blocks in blocks_by_rank]
+        return self._is_faster(num_rows, max(self._halved(num_rows) + attention[0], *attention), max(attention))
+
+    def root_work(self, num_rows: int, num_blocks: int) -> int:
+        """Blocks whose attention takes as long as what else the root does while others attend, in steps of so many rows
+        over so many blocks of all ranks, if they are to overlap: placement goes ahead, and steps follow."""
+        halved, attention = self._halved(num_rows), num_blocks * self.block_seconds
+        shared = max(halved, (halved + attention) / self.num_ranks)
+        can = self.root.rows[0] <= num_rows <= self.root.rows[-1]
+        if not can or not self._is_faster(num_rows, shared, attention / self.num_ranks):
+            return 0
+        return round(halved / self.block_seconds)
+
+    def _is_faster(self, num_rows: int, halved_seconds: float, attention_seconds: float) -> bool:
+        """Two micro-batches in which the last rank takes so long, or one behind whose products the last rank attends
+        for so long."""
         if not self.root.whole:
             return True
         whole = float(np.interp(num_rows, self.root.rows, self.root.whole))
-        halved, attention = self._halved(num_rows), num_blocks * self.block_seconds
-        overlapped = max(halved, (halved + attention) / self.num_ranks) + self.root.num_layers * _LOSS_SECONDS
-        return overlapped < whole + attention / self.num_ranks
-
-    def root_work(self, num_rows: int, num_blocks: int) -> int:
-        """Blocks whose attention takes as long as what else the root does in such a step while others attend."""
-        if num_rows < self.root.rows[0] or not self.pays(num_rows, num_blocks):
-            return 0
-        return round(self._halved(num_rows) / self.block_seconds)
+        return halved_seconds + self.root.num_layers * _LOSS_SECONDS < whole + attention_seconds
 
     def _halved(self, num_rows: int) -> float:
         return float(np.interp(num_rows, self.root.rows, self.root.halved))
@@ -76,5 +87,5 @@ def set_overlap(overlap: Overlap | None) -> None:
 
 
 def get_overlap() -> Overlap | None:
-    """Where requests are placed; None if steps never overlap."""
+    """Where requests are placed; None if steps don't overlap."""
     return _overlap

@@ -106,11 +106,17 @@ class RanksAsOne(MultiprocExecutor):
         overlap = Overlap(root, statistics.fmean(per_block), self._options.size) if root and per_block else None
         set_overlap(overlap)
         if overlap is None:
+            if root and root.whole:
+                logger.warning(
+                    "token parallelism: no KV worker has blocks enough to measure attention to %d rows, so no step "
+                    "runs in two micro-batches; give it more, or say when they shall (--token-parallel-overlap-from)",
+                    root.rows[-1],
+                )
             return
         super().collective_rpc("set_token_parallel_overlap", args=(overlap,))
         logger.info(
             "token parallelism: steps of %d rows and more may run in two micro-batches; of %d rows the root's matrix "
-            "products then take %.1f ms, as long as attention to %d KV blocks, so it is given that much less of it",
+            "products then take %.1f ms, as long as attention to %d KV blocks, and it is given that much less of it",
             root.rows[0],
             root.rows[-1],
             root.halved[-1] * 1e3,

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
+from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from services.decode.token_parallel.batch import Batch, max_blocks
 from services.decode.token_parallel.context import TokenParallelContext
-from services.decode.token_parallel.either_graph import capture_halves
+from services.decode.token_parallel.either_graph import capturing_both
 from services.decode.token_parallel.graph_setup import captured_sizes, make_graph_model, make_graphs
 from services.decode.token_parallel.graphs import Graphs
 from services.decode.token_parallel.grid import WorkerGrid
 from services.decode.token_parallel.group import join_group
 from services.decode.token_parallel.kv_worker import KVWorker
 from services.decode.token_parallel.layers import attention_layers, describe_layers
-from services.decode.token_parallel.micro_batch import GraphSizes
 from services.decode.token_parallel.options import TokenParallelOptions
 from services.decode.token_parallel.overlap import Overlap, RootPace
 from services.decode.token_parallel.pace import root_pace
@@ -154,19 +155,28 @@ class RootWorker(ModelWorker):
             layers = attention_layers(self.vllm_config)
             self.model_runner.model = make_graph_model(self.vllm_config, self.model_runner.model, graphs, layers)
 
-    def compile_or_warm_up_model(self) -> Any:
+    @property
+    def _both_from(self) -> int | None:
+        """Rows from which there are to be graphs with one micro-batch and with two: where nobody has said when steps
+        overlap, they choose. None if there is nothing to choose."""
         graphs = self.context.graphs
+        is_said = TokenParallelOptions.of(self.vllm_config).overlap_from is not None
+        return None if graphs is None or is_said else graphs.sizes.overlap_from
+
+    def determine_available_memory(self) -> int:
+        available = super().determine_available_memory()
+        if self._both_from is None or not envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS:
+            return available
+        # vLLM has left room for graphs of one kind.
+        return available - int(getattr(self, "cudagraph_memory_estimate", 0))
+
+    def compile_or_warm_up_model(self) -> Any:
+        graphs, both_from = self.context.graphs, self._both_from
         if graphs is None:
             return super().compile_or_warm_up_model()
-        # Where nobody has said when steps overlap, there are graphs of both kinds to choose from.
-        is_said = TokenParallelOptions.of(self.vllm_config).overlap_from is not None
-        overlap_from = None if is_said else graphs.sizes.overlap_from
-        if overlap_from is not None:
-            graphs.sizes = GraphSizes()
-        times = super().compile_or_warm_up_model()
-        if overlap_from is not None and graphs.sizes.sizes:
-            capture_halves(self.model_runner, graphs, overlap_from)
-            graphs.sizes = captured_sizes(self.model_runner.cudagraph_manager, graphs.sizes)
+        both = nullcontext() if both_from is None else capturing_both(self.model_runner, graphs, both_from)
+        with both:
+            times = super().compile_or_warm_up_model()
         self._group.broadcast_object(graphs.sizes, src=0)
         return times
 

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager, ModelCudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from tests.services.contract import VLLM, calls, parameters, require, source
 
@@ -30,7 +31,13 @@ def test_a_decode_step_replays_the_smallest_graph_that_holds_it() -> None:
         "self.graphs[desc].replay()" in source(CudaGraphManager.run_fullgraph), "how one is replayed", "EitherGraph"
     )
     again = source(CudaGraphManager.release_graphs)
-    require("self.graphs.clear()" in again, "release_graphs()", "either_graph.capture_halves")
+    require("self.graphs.clear()" in again, "release_graphs()", "either_graph.capturing_both")
+    warm_up = source(Worker.compile_or_warm_up_model)
+    require("self.model_runner.capture_model()" in warm_up, "how a worker captures", "RootWorker")
+    estimate = source(Worker.determine_available_memory)
+    require(
+        "self.cudagraph_memory_estimate = " in estimate, "the graphs' memory", "RootWorker.determine_available_memory"
+    )
     require(CUDAGraphMode.FULL_AND_PIECEWISE.decode_mode() == CUDAGraphMode.FULL, "decode_mode()", "graph_setup")
 
 
