@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOOK_SECONDS = 0.2  # s between two looks who is new; they cost microseconds
+
 
 class Introductions:
     """Who has been told of whom."""
@@ -35,7 +37,8 @@ class Introductions:
         self._pool = pool
         self._session = session
         self._hosts = hosts
-        self._interval = settings.health_check_interval
+        # A first request may come as soon as an engine is up.
+        self._interval = min(settings.health_check_interval, LOOK_SECONDS)
         self._timeout = settings.health_check_timeout
         self._told: set[tuple[Engine, Engine]] = set()
         self._peers: dict[tuple[Engine, Engine], JsonObject] = {}
@@ -51,7 +54,8 @@ class Introductions:
                 (prefill, decode)
                 for prefill in self._pool.of(Role.PREFILL)
                 for decode in self._pool.of(Role.DECODE)
-                if prefill.is_up and decode.is_up and not misfit(prefill, decode)
+                if prefill.is_up and decode.is_up
+                if (prefill, decode) in self._told or not misfit(prefill, decode)
             }
             # An engine that was down may be another one now.
             self._told &= pairs
