@@ -105,7 +105,7 @@ def compare_first_tokens(plan: Plan, say: Callable[[str], None]) -> Iterator[Fir
     Raises:
         BeyondLinkError: a result that can't be true.
         RuntimeError: an engine failed or did not answer in time.
-        ValueError: vLLM's own connector is to stream.
+        ValueError: vLLM's own connector is to pull before the prefill's end, or what streams not to stream.
     """
     assert plan.devices is not None
     if (plan.streamed_chunk or plan.ahead) and "stock" in plan.paths:
@@ -143,11 +143,18 @@ def _start(plan: Plan, path: str, port: int) -> _Engines:
     # These have one request of theirs, and then some more.
     small = replace(job, max_model_len=2 * _FIRST_TOKENS, kv_cache_bytes=1 << 30)
     jobs = [job, *(replace(small, port=port + number) for number in range(1, plan.sources))]
-    decode = replace(job, role="kv_consumer", device=plan.devices[1], port=port + len(jobs), has_prefix_cache=True)
+    decode = replace(
+        job,
+        role="kv_consumer",
+        device=plan.devices[1],
+        port=port + len(jobs),
+        has_prefix_cache=True,
+        tells_layers=True,
+    )
     return _Engines(
         path,
         [Served(f"{path} prefill engine {number}", serve, one) for number, one in enumerate(jobs)],
-        Served(f"{path} decode engine", serve, replace(decode, tells_layers=True)),
+        Served(f"{path} decode engine", serve, decode),
         is_ahead=plan.ahead or plan.streamed_chunk is not None,
     )
 

@@ -46,3 +46,8 @@ def test_stock_engines_are_left_alone(start_stack: StartStack) -> None:
     stack = start_stack(health_check_interval=0.1)
     time.sleep(0.5)
     assert stack.decode[0].kv_peers == []
+
+
+def test_engines_are_introduced_long_before_the_next_health_check(start_stack: StartStack) -> None:
+    stack = start_stack(kv_peer=PEER, health_check_interval=60.0)
+    wait_for(lambda: stack.decode[0].kv_peers == [PEER])
