@@ -85,7 +85,7 @@ def _start(spec: EngineSpec, model: str) -> Any:
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": _SIZES}
     if spec.variant == "piecewise":
         graphs["cudagraph_mode"] = "PIECEWISE"
-    if spec.variant == "chosen":  # whose rule travels to the workers
+    if spec.variant == "chosen":  # whose rule the workers are told by a function
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     overlap_from = {"": 4, "spread": 4, "chosen": None}.get(spec.variant, 0)
     # Enough for as many requests as two micro-batches could pay with.
@@ -115,17 +115,18 @@ def _start(spec: EngineSpec, model: str) -> Any:
         disable_log_stats=False,
     )
     if spec.variant == "chosen":
-        llm.collective_rpc("set_token_parallel_overlap", args=(_overlap(spec),))
+        llm.collective_rpc(_choose, args=(spec.token_parallel_size,))
     return llm
 
 
-def _overlap(spec: EngineSpec) -> Any:
-    """Two micro-batches in steps of 32 rows and more, one in those of 24, of which there are graphs of both kinds, too:
-    these models are too small for two to pay. Attention takes no time, and the root's products change with the rows."""
+def _choose(worker: Any, num_ranks: int) -> None:
+    """In each worker: two micro-batches in steps of 32 rows and more, one in those of 24, of which there are graphs of
+    both kinds, too: these models are too small for two to pay. Attention takes no time, and the root's products change
+    with the rows."""
     from services.decode.token_parallel.overlap import Overlap, RootPace
 
     root = RootPace(num_layers=0, rows=(24, 32), halved=(1.5, 0.5), whole=(1.0, 1.0))
-    return Overlap(root, block_seconds=1e-9, num_ranks=spec.token_parallel_size)
+    worker.set_token_parallel_overlap(Overlap(root, block_seconds=1e-9, num_ranks=num_ranks))
 
 
 def _answers(llm: Any, spec: EngineSpec) -> tuple[list[dict[str, Any]], set[int]]:
