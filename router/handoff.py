@@ -14,7 +14,7 @@ from router.continuation import Transcript
 from router.demand import given_token_ids
 from router.errors import ClientStalled, EngineFailure, EngineRejected, FailureKind, RouterError
 from router.leases import Lease
-from router.legs import PULLED_BACK, decode_body, kv_params, prefill_body
+from router.legs import NUM_CACHED, PULLED_BACK, decode_body, kv_params, prefill_body
 from router.lifetime import Attempt, Moment
 from router.prompt import prompt_fields
 from router.relay import StreamRelay, relay_whole
@@ -188,6 +188,7 @@ class Handoff:
         self._fleet.metrics.continued()
 
     async def _attempt(self) -> None:
+        self._record.num_cached = None
         holds_kv = self._lease is not None and self._lease.params is not None and not self._lease.readers
         if self._local_prefill is None and not holds_kv:
             self._local_prefill = self._record.local_prefill = self._fleet.pool.local_prefill(self._request)
@@ -253,9 +254,10 @@ class Handoff:
             self._mark(Moment.PREFILL_DONE)
             if is_streamed:
                 self._mark(Moment.DECODE_SENT)
+                self._record.num_cached = (params or {}).get(NUM_CACHED)
         self._prefilled_by = engine
         if self._transcript is not None and lease.params is not None and not self._record.num_continuations:
-            self._transcript.num_cached = lease.params.get("remote_prefill_cached_tokens")
+            self._transcript.num_cached = lease.params.get(NUM_CACHED)
         if lease.params is None:
             self._lease = None
             self._local_prefill = self._record.local_prefill = LocalPrefill.NO_KV
@@ -266,7 +268,9 @@ class Handoff:
         """The decode engine to begin with beside a prefill engine; None if it is to come after."""
         if not self._fleet.settings.stream_kv or self._request.num_choices > 1:
             return None
-        return self._fleet.pool.choose(Role.DECODE, self._request, self._tried, prefill)
+        reader = self._fleet.pool.choose(Role.DECODE, self._request, self._tried, prefill)
+        num_tokens, spare = self._request.demand.num_total_tokens, self._fleet.settings.stream_kv_spare
+        return reader if reader is not None and reader.load.kv.spares(num_tokens, spare) else None
 
     async def _decode(self, engine: Engine, stream: JsonObject | None = None) -> None:
         """`stream`: where its KV cache comes from, if the prefill leg is under way."""

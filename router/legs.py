@@ -42,6 +42,10 @@ REMOTE_DECODE: JsonObject = {
 PULLED_BACK = "tknp_pulled_back"
 """In a prefill engine's answer, if it pulled what it was offered (kv_transfer.scheduler)."""
 
+NUM_CACHED = "remote_prefill_cached_tokens"
+"""In a prefill engine's answer: tokens of the prompt that it did not have to compute. vLLM's decode engines put it into
+the answer's usage."""
+
 OFFER_FIELDS = (
     *("remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids", "remote_num_tokens"),
     *("tp_size", "dcp_size", "pp_size", "tknp_offer"),

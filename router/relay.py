@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'  # JSON escapes the quotes, so no token's text can hold this
+CACHED_TOKENS = b'"cached_tokens":'  # nor this
 # An event of vLLM's without anything of the answer: chat's first one, or text that may become a stop string.
 EMPTY = re.compile(
     rb'"choices":\[\{"index":\d+,(?:"text":""|"delta":\{(?:"role":"\w+",?)?(?:"content":"")?\}),'
@@ -40,11 +41,21 @@ MAX_HELD_BYTES = 2**16
 MAX_PARTIAL_BYTES = 2**24  # an event longer than this is passed on in parts; a prompt's ids fill 7 bytes a token
 
 
+def with_cached(body: bytes, num_tokens: int | None) -> bytes:
+    """Whose usage says that so many of the prompt's tokens were cached, where it says so at all.
+
+    A decode engine that was asked before the prefill engine had answered counts all that it pulled.
+    """
+    if num_tokens is None or CACHED_TOKENS not in body:
+        return body
+    return re.sub(CACHED_TOKENS + rb"\d+", CACHED_TOKENS + b"%d" % num_tokens, body)
+
+
 async def relay_whole(
     response: aiohttp.ClientResponse, endpoint: Endpoint, reply: Reply, record: RequestRecord
 ) -> None:
     """An answer that is not streamed. Nothing is sent before all of it is here, so a failure can still be retried."""
-    body = await response.read()
+    body = with_cached(await response.read(), record.num_cached)
     if not (body.startswith(b"{") and body.rstrip().endswith(b"}")):
         raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object")
     record.mark(Moment.LAST_TOKEN)
@@ -154,6 +165,8 @@ class StreamRelay:
 
     def _noted(self, events: bytes) -> bytes:
         """Tokens on their way to the client: what it gets of them."""
+        if self._record.num_cached is not None:
+            events = with_cached(events, self._record.num_cached)
         if self._transcript is not None:
             events = self._transcript.take(events)
         self._record.num_chunks += 1

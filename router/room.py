@@ -117,6 +117,14 @@ class KvRoom:
         """Tokens of the largest rank, None if not known."""
         return max((rank.num_blocks * rank.block_size for rank in self.ranks), default=None)
 
+    def spares(self, num_tokens: int, share: float) -> bool:
+        """Whether a rank that took so many tokens would still have that share of its KV cache to spare; believed of an
+        engine that does not tell."""
+        return self.rooms is None or any(
+            room - num_tokens >= share * rank.num_blocks * rank.block_size
+            for room, rank in zip(self.rooms, self.ranks, strict=True)
+        )
+
     def as_dict(self, role: Role) -> JsonObject:
         """What /ready shows of a decode engine: `kv_ranks`, or why they are not known."""
         if role is not Role.DECODE:

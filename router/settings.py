@@ -117,6 +117,13 @@ class RouterSettings(DiscoverySettings):
         default=False,
         description="Send the decode leg beside the prefill leg, so that KV cache is pulled while it is computed.",
     )
+    stream_kv_spare: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="With stream_kv, the share of a rank's KV cache that a request must leave to spare to be streamed: "
+        "its blocks are taken while its prompt waits and is computed, and others may need them sooner.",
+    )
     drain_seconds: float = Field(
         default=0.0,
         ge=0,

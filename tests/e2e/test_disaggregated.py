@@ -292,6 +292,9 @@ def test_kv_cache_streams_while_its_prompt_is_computed(stack: Stack, plain_llama
         wait_for(lambda: _hidden_bytes_of(router, stack), 60, "a request whose KV cache was streamed")
         asks = [*around_boundaries(seed=1), *crowd(seed=2), *sampled()]
         assert answers(router, asks, at_once=8) == plain_llama(asks)
+        for cached in (0, 200 // BLOCK * BLOCK):
+            usage = router.post("/v1/completions", completion(tokens(200, 81), 2).body).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
         for ask in crowd(seed=9, count=6):
             with pytest.raises(requests.Timeout):
                 requests.post(router.url + ask.path, json={**ask.body, "max_tokens": 400}, timeout=0.1)

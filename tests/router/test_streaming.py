@@ -25,16 +25,17 @@ from tests.router.scripted_engine import (
 )
 from tests.router.test_introductions import PEER
 from tests.router.test_leases import lease_of
+from tests.router.test_room import status as room
 
 
-def after(prefill: ScriptedEngine) -> Behaviour:
+def after(prefill: ScriptedEngine, then: Behaviour = answer_decode) -> Behaviour:
     """A decode engine's answer, which can't come before the prefill engine's."""
 
     async def answer(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
         while len(prefill.seen) < len(engine.seen) or not all(one.ended.is_set() for one in prefill.seen):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         await asyncio.sleep(0.05)
-        return await answer_decode(engine, request, seen)
+        return await then(engine, request, seen)
 
     return answer
 
@@ -86,6 +87,31 @@ def test_only_where_it_is_wanted_and_possible(start_streaming: StartStack, start
     for stock in (start_stack(stream_kv=True), start_streaming(stream_kv=False)):
         assert stock.router.complete().status == 200
         assert "tknp_stream" not in {**params(stock.prefill[0]), **params(stock.decode[0])}
+
+
+def test_not_where_the_blocks_that_it_takes_may_be_needed_sooner(start_streaming: StartStack) -> None:
+    stack = start_streaming(kv_poll_interval=0.05, stream_kv_spare=0.5)
+    stack.decode[0].ranks = [room(0, 60), room(1, 10)]  # of 100 blocks of 16 tokens
+    wait_for(lambda: stack.router.state.pool.engines[1].load.kv.rooms == [960, 160])
+    for max_tokens, is_streamed in ((60, True), (61, False)):
+        assert stack.router.complete(prompt=[1] * 100, max_tokens=max_tokens).status == 200
+        assert ("tknp_stream" in params(stack.decode[0], -1)) is is_streamed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_says_what_the_prefill_engine_had_cached(start_streaming: StartStack, stream: bool) -> None:
+    stack = start_streaming(num_retries=1)
+    prefill, decode = stack.prefill[0], stack.decode[0]
+    usage = b'{"choices":[],"usage":{"prompt_tokens_details":{"cached_tokens":700}}}'
+    whole, events = status(200, usage), raw_stream(b"data: " + usage + b"\n\n", b"data: [DONE]\n\n", then="end")
+
+    async def answer(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+        cached = {"remote_prefill_cached_tokens": 48} if len(engine.seen) == 1 else {}
+        return web.json_response({"kv_transfer_params": {**KV_PARAMS, **cached}})
+
+    prefill.behaviour, decode.behaviour = answer, after(prefill, events if stream else whole)
+    assert b'"cached_tokens":48}' in stack.router.complete(stream=stream).body
+    assert b'"cached_tokens":700}' in stack.router.complete(stream=stream).body, "as it is where nobody says"
 
 
 def test_a_prefill_leg_that_fails_ends_the_decode_leg_and_is_tried_again(start_streaming: StartStack) -> None:

@@ -87,7 +87,7 @@ class Soak:
         self._excused_until = 0.0
         self._num_under_way = 0
         self._looking: set[asyncio.Task[None]] = set()
-        self._pulled_before_kills = 0.0
+        self._transferred: Counter[str] = Counter()  # by engines that were killed since
 
     async def run(self) -> dict[str, Any]:
         """The summary; `ok` says whether all of it is as it must be."""
@@ -169,7 +169,7 @@ class Soak:
             self._told(f"SIGSTOP {engine.name} for {seconds:.0f} s")
             await asyncio.to_thread(engine.pause, seconds)
             return
-        self._pulled_before_kills += await asyncio.to_thread(_bytes_pulled_back, engine)
+        self._transferred += await asyncio.to_thread(_transferred, engine)
         if drawn < 0.7:
             self._told(f"SIGKILL {engine.name}")
             await asyncio.to_thread(engine.kill)
@@ -224,6 +224,7 @@ class Soak:
         if self._router.process.poll() is not None:
             tally.trouble("router ended", self._router.tail())
         left = settled["left"]
+        transferred = sum(map(_transferred, self._engines), self._transferred)
         checks = {
             "every request ended in an answer or a clear error": not tally.ends[End.LOST] and not tally.ends[End.WRONG],
             "errors only while a fault lasted": "error without a fault" not in tally.troubles,
@@ -248,7 +249,8 @@ class Soak:
             **footprint,
             "retries": self._metric("tknp_retries_total"),
             "continuations": self._metric("tknp_stream_continuations_total"),
-            "bytes_pulled_back": self._pulled_before_kills + sum(map(_bytes_pulled_back, self._engines)),
+            "bytes_pulled_back": transferred["bytes_pulled_back"],
+            "bytes_streamed": transferred["bytes_streamed"],
             "pull_backs": {end: self._metric("tknp_pull_backs_total", end=end) for end in PullBackEnd},
             "plan": asdict(self._plan),
         }
@@ -257,10 +259,13 @@ class Soak:
         return self._router.metric(name, **labels) if self._router.process.poll() is None else None
 
 
-def _bytes_pulled_back(engine: SoakEngine) -> float:
-    """By a prefill engine, since it was last started; 0 by others, and by one that does not answer."""
-    is_asked = engine.name.startswith("prefill") and engine.is_healthy()
-    return engine.service.metric("tknp_kv_transfer_bytes_total") if is_asked else 0.0
+def _transferred(engine: SoakEngine) -> Counter[str]:
+    """Bytes that it pulled since it was last started; none if it does not answer."""
+    if not engine.is_healthy():
+        return Counter()
+    if engine.name.startswith("prefill"):
+        return Counter(bytes_pulled_back=int(engine.service.metric("tknp_kv_transfer_bytes_total")))
+    return Counter(bytes_streamed=int(engine.service.metric("tknp_kv_transfer_hidden_bytes_total")))
 
 
 @contextmanager
@@ -275,8 +280,8 @@ def soak_stack(plan: SoakPlan, model: Path, log_dir: Path) -> Iterator[tuple[lis
         SoakEngine.decode(f"decode-{i}", model, log_dir, size, *options())
         for i, size in enumerate(plan.token_parallel_sizes)
     ]
-    pull_back = ("--pull-back-tokens", "64") if plan.conversations else ()
-    router = start_router(log_dir, [e.service for e in prefill], [e.service for e in decode], *pull_back)
+    settings = [*(("--pull-back-tokens", "64") if plan.conversations else ()), *(("--stream-kv",) * plan.stream_kv)]
+    router = start_router(log_dir, [e.service for e in prefill], [e.service for e in decode], *settings)
     try:
         for engine in (*prefill, *decode):
             engine.service.wait_ready()
