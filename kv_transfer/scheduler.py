@@ -51,10 +51,11 @@ _STEP_REST_SECONDS = 0.001
 """vLLM's own."""
 _PULL_REST_SECONDS = 0.0001
 """While KV cache is under way between GPUs; others' threads need the interpreter, too."""
-_LEASE_REST_SECONDS, _OLD_LEASE_REST_SECONDS = 0.05, 0.25
-"""While nothing but leases is left, and while the last one was given more than `_FRESH_SECONDS` ago; that much later
-their blocks are free. A request, or a release, ends the rest at once."""
-_FRESH_SECONDS = 1.0
+_LEASE_REST_SECONDS, _MAX_LEASE_REST_SECONDS = 0.05, 1.0
+"""While nothing but leases is left, at first and at most; that much later their blocks are free. A request, or a
+release, ends the rest at once."""
+_REST_SHARE = 0.25
+"""Of the time since the last lease was given."""
 _LISTEN_AGAIN_SECONDS = 0.1
 _PORT_PATIENCE_SECONDS = 30.0
 """The engine that had the port before may not have ended yet."""
@@ -332,8 +333,8 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         if self._has_arrived:
             return 0.0
         if not has_unfinished:
-            is_fresh = time.monotonic() - self._last_kept < _FRESH_SECONDS
-            return _LEASE_REST_SECONDS if is_fresh else _OLD_LEASE_REST_SECONDS
+            age = time.monotonic() - self._last_kept
+            return min(max(_LEASE_REST_SECONDS, _REST_SHARE * age), _MAX_LEASE_REST_SECONDS)
         return _PULL_REST_SECONDS if self._names and not current_platform.is_cpu() else _STEP_REST_SECONDS
 
     def take_stats(self) -> TransferStats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -22,13 +23,16 @@ def test_workers_sleep_between_steps_while_there_is_nothing_but_leases(pair: Cal
     assert not spin._is_resting
 
 
-def test_an_engine_looks_less_often_after_leases_that_are_old(both: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_older_a_lease_the_less_often_an_engine_looks(both: Pair) -> None:
     connector = both.prefill.scheduler.connector
     tokens = prompt(100, 30)
     params = both.offer(tokens)
-    fresh = connector.rest_seconds(False)
-    monkeypatch.setattr("kv_transfer.scheduler._FRESH_SECONDS", 0.0)
-    assert connector.rest_seconds(True) < fresh < connector.rest_seconds(False) <= 0.25
+    rests = []
+    for age in (0.0, 2.0, 60.0):
+        connector.connector_scheduler._last_kept = time.monotonic() - age
+        rests.append(connector.rest_seconds(False))
+    assert rests == pytest.approx([0.05, 0.5, 1.0], abs=0.05)
+    assert connector.rest_seconds(True) < min(rests)
     assert both.hand_over(tokens, params) == 1
     both.settle()
 
