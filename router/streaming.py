@@ -10,6 +10,7 @@ as ever.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from typing import TYPE_CHECKING
 
 from router.errors import EngineFailure
@@ -52,9 +53,10 @@ async def run_both(
     Raises:
         RouterError: what the leg raised that the other was cancelled for.
     """
-    prefilling, decoding = asyncio.create_task(prefill), asyncio.create_task(decode)
+    legs = prefilling, decoding = asyncio.create_task(prefill), asyncio.create_task(decode)
+    failure = None
     try:
-        await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_EXCEPTION)
+        await asyncio.wait(legs, return_when=asyncio.FIRST_EXCEPTION)
         if _failure(prefilling) is not None and is_answering():
             await decoding
             return
@@ -64,11 +66,26 @@ async def run_both(
         if failure := _failure(prefilling) or failure:
             raise failure
     finally:
-        for leg in (prefilling, decoding):
+        for leg in legs:
             leg.cancel()
-        await asyncio.gather(prefilling, decoding, return_exceptions=True)
+        await asyncio.wait(legs)
+        for leg in legs:
+            _forget_frames(leg)
+        del legs, leg, prefilling, decoding, failure  # the traceback of what is raised has this frame, too
 
 
 def _failure(leg: asyncio.Task[None]) -> BaseException | None:
     """What it ended with, if it has, and not because it was told to."""
-    return leg.exception() if leg.done() and not leg.cancelled() else None
+    try:
+        return leg.exception() if leg.done() else None
+    except asyncio.CancelledError:
+        return None
+
+
+def _forget_frames(leg: asyncio.Task[None]) -> None:
+    """Of one that ended. It keeps what it failed with, which keeps the frames on its way, which keep timers of the leg:
+    a cycle, in which every such request would stay for minutes."""
+    error = _failure(leg)
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from router.handoff import Handoff
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
 from tests.router.scripted_engine import (
@@ -202,3 +204,42 @@ def test_an_answer_that_has_begun_needs_no_prefill_leg_any_more(start_streaming:
     answer = stack.router.complete(stream=True)
     assert answer.status == 200 and answer.body.endswith(b"data: [DONE]\n\n")
     assert prefill.seen[0].ended.is_set() and prefill.released == []
+
+
+ENDS = {
+    "answered": (answer_prefill, answer_decode),
+    "refused": (status(400), stall),
+    "failed": (hang_up, hang_up),
+    "hung up": (stall, stall),
+    "hung up in the stream": (answer_prefill, raw_stream(b"data: {}\n\n", then="stall")),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_however_two_legs_end_the_garbage_collector_has_nothing_to_do(start_streaming: StartStack, end: str) -> None:
+    stack = start_streaming(num_prefill=2, num_decode=2)
+    for engines, behaviour in zip((stack.prefill, stack.decode), ENDS[end], strict=True):
+        for engine in engines:
+            engine.behaviour = behaviour
+
+    def ask() -> None:
+        num_seen = sum(len(engine.seen) for engine in stack.decode)
+        if not end.startswith("hung up"):
+            assert (stack.router.complete(stream=True).status == 200) is (end == "answered")
+        else:
+            raw = stack.router.open_stream()
+            wait_for(lambda: sum(len(engine.seen) for engine in stack.decode) > num_seen)
+            if end == "hung up in the stream":
+                raw.recv(4096)
+            raw.close()
+        wait_for(stack.router.is_idle)
+
+    ask()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            ask()
+        wait_for(lambda: not any(type(known) is Handoff for known in gc.get_objects()))
+    finally:
+        gc.enable()
