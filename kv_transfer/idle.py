@@ -32,9 +32,11 @@ def _process_engine_step(core: Any) -> bool:
     scheduler = core.scheduler
     # The workers have not heard yet of a request that has just finished.
     if not model_executed and scheduler.has_requests() and not scheduler.finished_req_ids:
-        # Ours may be one of several in vLLM's MultiConnector, which knows nothing of rests.
+        # Ours may be one of several in vLLM's MultiConnector, which knows nothing of rests. And data-parallel engines
+        # of a model with experts wait for one another in each step.
         seconds = getattr(scheduler.connector, "rest_seconds", lambda _: _VLLM_SECONDS)
-        rest(core.input_queue, seconds(scheduler.has_unfinished_requests()))
+        is_alone = core.vllm_config.parallel_config.data_parallel_size == 1
+        rest(core.input_queue, seconds(scheduler.has_unfinished_requests()) if is_alone else _VLLM_SECONDS)
     return bool(model_executed)
 
 

@@ -52,10 +52,10 @@ _STEP_REST_SECONDS = 0.001
 _PULL_REST_SECONDS = 0.0001
 """While KV cache is under way between GPUs; others' threads need the interpreter, too."""
 _LEASE_REST_SECONDS, _MAX_LEASE_REST_SECONDS = 0.05, 1.0
-"""While nothing but leases is left, at first and at most; that much later their blocks are free. A request, or a
-release, ends the rest at once."""
+"""While nothing is left but leases, and blocks that something still writes to, at first and at most; that much later
+they are free. A request, or a release, ends the rest at once."""
 _REST_SHARE = 0.25
-"""Of the time since the last lease was given."""
+"""Of the time since a request has ended."""
 _LISTEN_AGAIN_SECONDS = 0.1
 _PORT_PATIENCE_SECONDS = 30.0
 """The engine that had the port before may not have ended yet."""
@@ -122,7 +122,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._source: StreamSource | None = None
         self._num_steps = 0
         self._ended_streams: set[str] = set()
-        self._last_kept = 0.0  # by time.monotonic()
+        self._last_ended = 0.0  # when a request did, by time.monotonic()
         self._has_arrived = False  # KV cache, since the last step was scheduled
         self._stats = TransferStats()
         self.records: OrderedDict[str, TransferRecord] = OrderedDict()
@@ -333,7 +333,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         if self._has_arrived:
             return 0.0
         if not has_unfinished:
-            age = time.monotonic() - self._last_kept
+            age = time.monotonic() - self._last_ended
             return min(max(_LEASE_REST_SECONDS, _REST_SHARE * age), _MAX_LEASE_REST_SECONDS)
         return _PULL_REST_SECONDS if self._names and not current_platform.is_cpu() else _STEP_REST_SECONDS
 
@@ -344,6 +344,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         request_id = request.request_id
+        self._last_ended = time.monotonic()
         self._owners.pop(request_id, None)
         self._refused.discard(request_id)
         was_pulled_back = self._pulled_back.pop(request_id, False)
@@ -363,7 +364,6 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             rank = self._ranks.keeper_of(request_id)
             self._ranks.forget(request_id)
         if is_kept and params is not None:
-            self._last_kept = time.monotonic()
             if self._ranks is not None:
                 params = self._ranks.as_of_rank(params, rank)
             if was_pulled_back:

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from router.cached_usage import CachedUsage
 from router.continuation import Transcript
 from router.demand import given_token_ids
 from router.errors import ClientStalled, EngineFailure, EngineRejected, FailureKind, RouterError
 from router.leases import Lease
-from router.legs import NUM_CACHED, PULLED_BACK, decode_body, kv_params, prefill_body
+from router.legs import PULLED_BACK, decode_body, kv_params, num_cached, prefill_body
 from router.lifetime import Attempt, Moment
 from router.prompt import prompt_fields
 from router.relay import StreamRelay, relay_whole
@@ -78,6 +79,7 @@ class Handoff:
         self._kept: Lease | None = None  # and a decode engine for the prefill engine
         self._prefilled_by: Engine | None = None
         self._tried: set[Endpoint] = set()
+        self._cached: CachedUsage | None = None  # of an answer whose decode leg does not wait for the prefill leg
         self._transcript: Transcript | None = None
         self._no_continuation: CantContinue | None = None  # why there is no transcript of a stream
         if request.stream:
@@ -188,7 +190,7 @@ class Handoff:
         self._fleet.metrics.continued()
 
     async def _attempt(self) -> None:
-        self._record.num_cached = None
+        self._cached = None
         holds_kv = self._lease is not None and self._lease.params is not None and not self._lease.readers
         if self._local_prefill is None and not holds_kv:
             self._local_prefill = self._record.local_prefill = self._fleet.pool.local_prefill(self._request)
@@ -205,6 +207,7 @@ class Handoff:
             reader = self._reader_of_stream(engine)
             if params := stream_params(self._fleet.introductions.peer(engine, reader), lease.id) if reader else None:
                 assert reader is not None
+                self._cached = CachedUsage()
                 legs = self._prefill(engine, lease, is_streamed=True), self._decode(reader, params)
                 await run_both(*legs, lambda: self._reply.started)
                 return
@@ -254,10 +257,11 @@ class Handoff:
             self._mark(Moment.PREFILL_DONE)
             if is_streamed:
                 self._mark(Moment.DECODE_SENT)
-                self._record.num_cached = (params or {}).get(NUM_CACHED)
+            if self._cached is not None:
+                self._cached.tell(num_cached(params or {}))
         self._prefilled_by = engine
         if self._transcript is not None and lease.params is not None and not self._record.num_continuations:
-            self._transcript.num_cached = lease.params.get(NUM_CACHED)
+            self._transcript.num_cached = num_cached(lease.params)
         if lease.params is None:
             self._lease = None
             self._local_prefill = self._record.local_prefill = LocalPrefill.NO_KV
@@ -269,7 +273,7 @@ class Handoff:
         if not self._fleet.settings.stream_kv or self._request.num_choices > 1:
             return None
         reader = self._fleet.pool.choose(Role.DECODE, self._request, self._tried, prefill)
-        num_tokens, spare = self._request.demand.num_total_tokens, self._fleet.settings.stream_kv_spare
+        num_tokens, spare = self._request.demand.num_prompt_tokens, self._fleet.settings.stream_kv_spare
         return reader if reader is not None and reader.load.kv.spares(num_tokens, spare) else None
 
     async def _decode(self, engine: Engine, stream: JsonObject | None = None) -> None:
@@ -324,11 +328,11 @@ class Handoff:
                 response = await post(self._fleet.session, endpoint, self._request, body, self._record.leg_headers())
                 try:
                     if not stream:
-                        await relay_whole(response, endpoint, self._reply, self._record)
+                        await relay_whole(response, endpoint, self._reply, self._record, self._cached)
                         return
                     kind = ResponsesRelay if self._request.api is Api.RESPONSES else StreamRelay
                     gaps = self._fleet.metrics.observe_gap
-                    relay = kind(engine, self._reply, self._record, gaps, self._transcript)
+                    relay = kind(engine, self._reply, self._record, gaps, self._transcript, self._cached)
                     await relay.run(response, limit, settings.between_chunks_timeout)
                 finally:
                     response.close()  # does nothing once the answer was read to its end; before, it aborts the request

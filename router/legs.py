@@ -42,10 +42,6 @@ REMOTE_DECODE: JsonObject = {
 PULLED_BACK = "tknp_pulled_back"
 """In a prefill engine's answer, if it pulled what it was offered (kv_transfer.scheduler)."""
 
-NUM_CACHED = "remote_prefill_cached_tokens"
-"""In a prefill engine's answer: tokens of the prompt that it did not have to compute. vLLM's decode engines put it into
-the answer's usage."""
-
 OFFER_FIELDS = (
     *("remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids", "remote_num_tokens"),
     *("tp_size", "dcp_size", "pp_size", "tknp_offer"),
@@ -94,6 +90,12 @@ def kv_params(endpoint: Endpoint, reply: bytes) -> JsonObject | None:
         raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object")
     params = parsed.get("kv_transfer_params")
     return params if isinstance(params, dict) and params else None
+
+
+def num_cached(params: JsonObject) -> int | None:
+    """Tokens of the prompt that a prefill engine says it had cached; vLLM's decode engines put them into the usage."""
+    found = params.get("remote_prefill_cached_tokens")
+    return found if isinstance(found, int) else None
 
 
 def decode_body(request: GenerationRequest, params: JsonObject | None, *, with_ids: bool) -> bytes:

@@ -120,7 +120,6 @@ class RequestRecord:
     status: int | None = None
     num_chunks: int = 0
     num_continuations: int = 0  # times that another engine went on with the stream
-    num_cached: int | None = None  # tokens of a streamed prompt that its prefill engine had, as the usage is to say
     attempts: list[Attempt] = field(default_factory=list)
     transfer: Transfer | None = None
     trace: TraceContext | None = None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from router.cached_usage import CachedUsage
     from router.continuation import Transcript
     from router.engines import Engine
     from router.lifetime import RequestRecord
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'  # JSON escapes the quotes, so no token's text can hold this
-CACHED_TOKENS = b'"cached_tokens":'  # nor this
 # An event of vLLM's without anything of the answer: chat's first one, or text that may become a stop string.
 EMPTY = re.compile(
     rb'"choices":\[\{"index":\d+,(?:"text":""|"delta":\{(?:"role":"\w+",?)?(?:"content":"")?\}),'
@@ -41,21 +41,17 @@ MAX_HELD_BYTES = 2**16
 MAX_PARTIAL_BYTES = 2**24  # an event longer than this is passed on in parts; a prompt's ids fill 7 bytes a token
 
 
-def with_cached(body: bytes, num_tokens: int | None) -> bytes:
-    """Whose usage says that so many of the prompt's tokens were cached, where it says so at all.
-
-    A decode engine that was asked before the prefill engine had answered counts all that it pulled.
-    """
-    if num_tokens is None or CACHED_TOKENS not in body:
-        return body
-    return re.sub(CACHED_TOKENS + rb"\d+", CACHED_TOKENS + b"%d" % num_tokens, body)
-
-
 async def relay_whole(
-    response: aiohttp.ClientResponse, endpoint: Endpoint, reply: Reply, record: RequestRecord
+    response: aiohttp.ClientResponse,
+    endpoint: Endpoint,
+    reply: Reply,
+    record: RequestRecord,
+    cached: CachedUsage | None = None,
 ) -> None:
     """An answer that is not streamed. Nothing is sent before all of it is here, so a failure can still be retried."""
-    body = with_cached(await response.read(), record.num_cached)
+    body = await response.read()
+    if cached is not None:
+        body = await cached.corrected(body)
     if not (body.startswith(b"{") and body.rstrip().endswith(b"}")):
         raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not a JSON object")
     record.mark(Moment.LAST_TOKEN)
@@ -73,8 +69,10 @@ class StreamRelay:
         record: RequestRecord,
         observe_gap: Callable[[float], None],
         transcript: Transcript | None,
+        cached: CachedUsage | None = None,
     ) -> None:
         self._engine = engine
+        self._cached = cached
         self._endpoint = engine.endpoint
         self._transcript = transcript
         self._reply = reply
@@ -114,6 +112,8 @@ class StreamRelay:
             return self._take_other(at, data)
         self._observe_gap(at - self._before)
         self._before = at
+        if self._cached is not None and self._cached.is_in(data):
+            return self._pass_corrected(self._cached, data)
         events = self._noted(data)
         return self._reply.push(events, chunk if events is data else None)
 
@@ -138,7 +138,12 @@ class StreamRelay:
             return self._begin_or_fail(events)
         if not self._partial:
             self._plain_until = self._renew_at
+        if self._cached is not None and self._cached.is_in(events):
+            return self._pass_corrected(self._cached, events)
         return self._reply.push(self._noted(events))
+
+    async def _pass_corrected(self, cached: CachedUsage, events: bytes) -> None:
+        await self._reply.chunk(self._noted(await cached.corrected(events)))
 
     def _renew(self, at: float) -> None:
         self._limit.reschedule(at + 1.1 * self._gap_limit)
@@ -159,14 +164,14 @@ class StreamRelay:
             if not self._reply.started:
                 self._record.mark(Moment.FIRST_TOKEN)
                 await self._reply.start_stream()
+            if self._cached is not None:
+                events = await self._cached.corrected(events)
             await self._reply.chunk(self._noted(events))
         if error is not None:
             raise error
 
     def _noted(self, events: bytes) -> bytes:
         """Tokens on their way to the client: what it gets of them."""
-        if self._record.num_cached is not None:
-            events = with_cached(events, self._record.num_cached)
         if self._transcript is not None:
             events = self._transcript.take(events)
         self._record.num_chunks += 1

@@ -122,7 +122,7 @@ class RouterSettings(DiscoverySettings):
         ge=0,
         le=1,
         description="With stream_kv, the share of a rank's KV cache that a request must leave to spare to be streamed: "
-        "its blocks are taken while its prompt waits and is computed, and others may need them sooner.",
+        "its prompt's blocks are taken while that waits and is computed, and others may need them sooner.",
     )
     drain_seconds: float = Field(
         default=0.0,

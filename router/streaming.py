@@ -68,10 +68,12 @@ async def run_both(
     finally:
         for leg in legs:
             leg.cancel()
-        await asyncio.wait(legs)
-        for leg in legs:
-            _forget_frames(leg)
-        del legs, leg, prefilling, decoding, failure  # the traceback of what is raised has this frame, too
+        try:
+            await asyncio.gather(*legs, return_exceptions=True)  # which waits for them even if it is cancelled itself
+        finally:
+            for leg in legs:
+                _forget_frames(leg)
+            del legs, leg, prefilling, decoding, failure  # the traceback of what is raised has this frame, too
 
 
 def _failure(leg: asyncio.Task[None]) -> BaseException | None:

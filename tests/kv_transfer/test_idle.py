@@ -29,6 +29,7 @@ class Engine(SimpleNamespace):
             update_from_output=lambda order, result: {order.total_num_scheduled_tokens: result},
         )
         super().__init__(
+            vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1)),
             step_fn=lambda: ({0: "tokens"}, executed),
             output_queue=queue.Queue(),
             input_queue=queue.Queue(),
@@ -112,6 +113,13 @@ def test_the_result_of_a_step_that_computed_nothing_is_looked_at_at_once(
     found = [engine.output_queue.get_nowait() for _ in range(engine.output_queue.qsize())]
     assert found == [(0, "tokens"), *((num_tokens, "result") for num_tokens in looked_at)]
     assert len(engine.batch_queue) == left
+
+
+def test_data_parallel_engines_do_not_wait_for_one_that_rests() -> None:
+    engine: Any = Engine(executed=False, unfinished=False, finished=set())
+    engine.vllm_config.parallel_config.data_parallel_size = 2
+    assert idle._process_engine_step(engine) is False
+    assert engine.asked == []
 
 
 def test_a_rest_ends_with_the_first_request() -> None:

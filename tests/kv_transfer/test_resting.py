@@ -29,7 +29,7 @@ def test_the_older_a_lease_the_less_often_an_engine_looks(both: Pair) -> None:
     params = both.offer(tokens)
     rests = []
     for age in (0.0, 2.0, 60.0):
-        connector.connector_scheduler._last_kept = time.monotonic() - age
+        connector.connector_scheduler._last_ended = time.monotonic() - age
         rests.append(connector.rest_seconds(False))
     assert rests == pytest.approx([0.05, 0.5, 1.0], abs=0.05)
     assert connector.rest_seconds(True) < min(rests)

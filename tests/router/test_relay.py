@@ -4,13 +4,12 @@ import asyncio
 import random
 from typing import Any
 
-import orjson
 import pytest
 
 from router.engines import Engine
 from router.errors import EngineFailure, EngineRejected
 from router.lifetime import RequestRecord
-from router.relay import StreamRelay, with_cached
+from router.relay import StreamRelay
 from router.reply import Reply
 from router.responses import ResponsesRelay
 from router.types import Api, Endpoint, Role
@@ -110,15 +109,6 @@ def test_an_endless_event_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_text_that_looks_like_the_end_is_not_the_end() -> None:
     with pytest.raises(EngineFailure, match="ended early"):
         relay([b'data: {"text":"data: [DONE]"}\n\n'])
-
-
-@pytest.mark.parametrize("details", ["prompt_tokens_details", "input_tokens_details"])
-def test_usage_says_what_the_prefill_engine_had(details: str) -> None:
-    text = orjson.dumps({"text": 'it said "cached_tokens":7 and \\"cached_tokens":8', details: {"cached_tokens": 512}})
-    told = orjson.loads(with_cached(text, 48))
-    assert told == {**orjson.loads(text), details: {"cached_tokens": 48}}
-    assert with_cached(text, None) == text
-    assert with_cached(b'{"usage":{"prompt_tokens":3}}', 48) == b'{"usage":{"prompt_tokens":3}}'
 
 
 def test_comments_are_no_tokens() -> None:

@@ -95,25 +95,53 @@ def test_not_where_the_blocks_that_it_takes_may_be_needed_sooner(start_streaming
     stack = start_streaming(kv_poll_interval=0.05, stream_kv_spare=0.5)
     stack.decode[0].ranks = [room(0, 60), room(1, 10)]  # of 100 blocks of 16 tokens
     wait_for(lambda: stack.router.state.pool.engines[1].load.kv.rooms == [960, 160])
-    for max_tokens, is_streamed in ((60, True), (61, False)):
-        assert stack.router.complete(prompt=[1] * 100, max_tokens=max_tokens).status == 200
+    for num_tokens, is_streamed in ((160, True), (161, False)):
+        assert stack.router.complete(prompt=[1] * num_tokens, max_tokens=500).status == 200
         assert ("tknp_stream" in params(stack.decode[0], -1)) is is_streamed
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_usage_says_what_the_prefill_engine_had_cached(start_streaming: StartStack, stream: bool) -> None:
-    stack = start_streaming(num_retries=1)
-    prefill, decode = stack.prefill[0], stack.decode[0]
-    usage = b'{"choices":[],"usage":{"prompt_tokens_details":{"cached_tokens":700}}}'
-    whole, events = status(200, usage), raw_stream(b"data: " + usage + b"\n\n", b"data: [DONE]\n\n", then="end")
+USAGE = b'{"choices":[],"usage":{"prompt_tokens_details":{"cached_tokens":700}}}'
+
+
+def late(pause: float, *told: Any) -> Behaviour:
+    """A prefill engine's answers, each with what it says it had cached."""
 
     async def answer(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
-        cached = {"remote_prefill_cached_tokens": 48} if len(engine.seen) == 1 else {}
-        return web.json_response({"kv_transfer_params": {**KV_PARAMS, **cached}})
+        cached = told[min(len(engine.seen), len(told)) - 1]
+        params = KV_PARAMS if cached is None else {**KV_PARAMS, "remote_prefill_cached_tokens": cached}
+        await asyncio.sleep(pause)
+        return web.json_response({"kv_transfer_params": params})
 
-    prefill.behaviour, decode.behaviour = answer, after(prefill, events if stream else whole)
-    assert b'"cached_tokens":48}' in stack.router.complete(stream=stream).body
-    assert b'"cached_tokens":700}' in stack.router.complete(stream=stream).body, "as it is where nobody says"
+    return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("pause", [0.0, 0.2])
+def test_usage_says_what_the_prefill_engine_had_cached(start_streaming: StartStack, stream: bool, pause: float) -> None:
+    stack = start_streaming()
+    events = raw_stream(b"data: {}\n\n", b"data: " + USAGE + b"\n\n", b"data: [DONE]\n\n", then="end")
+    stack.prefill[0].behaviour = late(pause, 48, None, "48")
+    stack.decode[0].behaviour = events if stream else status(200, USAGE)
+    for expected in (b'"cached_tokens":48}', b'"cached_tokens":700}', b'"cached_tokens":700}'):
+        answer = stack.router.complete(stream=stream)
+        assert answer.status == 200 and expected in answer.body
+
+
+def test_usage_says_nothing_of_a_prefill_engine_before(start_streaming: StartStack) -> None:
+    stack = start_streaming(num_decode=2, num_retries=1)
+    prefill = stack.prefill[0]
+    prefill.behaviour = late(0.0, 48, None)
+
+    async def die_once(engine: ScriptedEngine, request: web.Request, seen: Seen) -> web.StreamResponse:
+        while not prefill.seen[-1].ended.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        return await (hang_up if len(prefill.seen) == 1 else status(200, USAGE))(engine, request, seen)
+
+    for engine in stack.decode:
+        engine.behaviour = die_once
+    answer = stack.router.complete()
+    assert answer.status == 200 and b'"cached_tokens":700}' in answer.body
+    assert len(prefill.seen) == 2
 
 
 def test_a_prefill_leg_that_fails_ends_the_decode_leg_and_is_tried_again(start_streaming: StartStack) -> None:

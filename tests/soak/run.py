@@ -232,6 +232,7 @@ class Soak:
             "nothing else went wrong": not tally.troubles.keys() - {*End, "error without a fault", "different tokens"},
             "no KV block, request, task or connection is left": not left,
             "the router's memory is flat": footprint["router_mib"]["is_flat"],
+            "KV cache was streamed where it was to be": transferred["bytes_streamed"] > 0 or not self._plan.stream_kv,
         }
         return {
             "ok": all(checks.values()),
