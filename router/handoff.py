@@ -79,7 +79,6 @@ class Handoff:
         self._kept: Lease | None = None  # and a decode engine for the prefill engine
         self._prefilled_by: Engine | None = None
         self._tried: set[Endpoint] = set()
-        self._cached: CachedUsage | None = None  # of an answer whose decode leg does not wait for the prefill leg
         self._transcript: Transcript | None = None
         self._no_continuation: CantContinue | None = None  # why there is no transcript of a stream
         if request.stream:
@@ -190,7 +189,6 @@ class Handoff:
         self._fleet.metrics.continued()
 
     async def _attempt(self) -> None:
-        self._cached = None
         holds_kv = self._lease is not None and self._lease.params is not None and not self._lease.readers
         if self._local_prefill is None and not holds_kv:
             self._local_prefill = self._record.local_prefill = self._fleet.pool.local_prefill(self._request)
@@ -207,8 +205,8 @@ class Handoff:
             reader = self._reader_of_stream(engine)
             if params := stream_params(self._fleet.introductions.peer(engine, reader), lease.id) if reader else None:
                 assert reader is not None
-                self._cached = CachedUsage()
-                legs = self._prefill(engine, lease, is_streamed=True), self._decode(reader, params)
+                cached = CachedUsage()
+                legs = self._prefill(engine, lease, cached=cached), self._decode(reader, params, cached)
                 await run_both(*legs, lambda: self._reply.started)
                 return
             await self._prefill(engine, lease)
@@ -241,10 +239,11 @@ class Handoff:
             self._fleet.pull_back.fail(engine, kept.engine)
 
     async def _prefill(
-        self, engine: Engine, lease: Lease, *, is_streamed: bool = False, kept: JsonObject | None = None
+        self, engine: Engine, lease: Lease, *, cached: CachedUsage | None = None, kept: JsonObject | None = None
     ) -> None:
+        """`cached`: what a decode leg that is under way wants to hear; `kept`: see prefill_body."""
         endpoint = engine.endpoint
-        body = prefill_body(self._request, lease.id, is_streamed=is_streamed, kept=kept)
+        body = prefill_body(self._request, lease.id, is_streamed=cached is not None, kept=kept)
         with self._leg(engine), engine_failures(endpoint):
             async with asyncio.timeout(self._fleet.settings.prefill_timeout):
                 self._mark(Moment.PREFILL_SENT)
@@ -255,10 +254,9 @@ class Handoff:
             await self._fleet.hosts.check(endpoint, params)
             lease.params = params
             self._mark(Moment.PREFILL_DONE)
-            if is_streamed:
+            if cached is not None:
                 self._mark(Moment.DECODE_SENT)
-            if self._cached is not None:
-                self._cached.tell(num_cached(params or {}))
+                cached.tell(num_cached(params or {}))
         self._prefilled_by = engine
         if self._transcript is not None and lease.params is not None and not self._record.num_continuations:
             self._transcript.num_cached = num_cached(lease.params)
@@ -276,8 +274,10 @@ class Handoff:
         num_tokens, spare = self._request.demand.num_prompt_tokens, self._fleet.settings.stream_kv_spare
         return reader if reader is not None and reader.load.kv.spares(num_tokens, spare) else None
 
-    async def _decode(self, engine: Engine, stream: JsonObject | None = None) -> None:
-        """`stream`: where its KV cache comes from, if the prefill leg is under way."""
+    async def _decode(
+        self, engine: Engine, stream: JsonObject | None = None, cached: CachedUsage | None = None
+    ) -> None:
+        """`stream`: where its KV cache comes from, if the prefill leg is under way, which then tells `cached`."""
         lease, num_chunks = self._lease, self._record.num_chunks
         params = stream or (lease.params if lease else None)
         body = decode_body(self._request, params, with_ids=self._transcript is not None)
@@ -285,7 +285,7 @@ class Handoff:
             lease.readers.append(engine.endpoint)
         try:
             with self._leg(engine), engine_failures(engine.endpoint):
-                await self._relay(engine, body, is_streamed=stream is not None)
+                await self._relay(engine, body, cached)
         except EngineFailure as failure:
             # Once a decode engine may have read the cache it may also have freed it: only one that was never
             # reached leaves it for the next. Otherwise the next attempt prefills again.
@@ -317,22 +317,22 @@ class Handoff:
         if not self._record.num_continuations and not self._reply.started:
             self._record.mark(moment)
 
-    async def _relay(self, engine: Engine, body: bytes, *, is_streamed: bool) -> None:
+    async def _relay(self, engine: Engine, body: bytes, cached: CachedUsage | None) -> None:
         endpoint, settings = engine.endpoint, self._fleet.settings
         stream = self._request.stream
         seconds = settings.first_token_timeout if stream else settings.generation_timeout
         try:
-            async with asyncio.timeout(seconds + is_streamed * settings.prefill_timeout) as limit:
-                if not is_streamed:  # else that moment comes when the prefill engine is done
+            async with asyncio.timeout(seconds + (cached is not None) * settings.prefill_timeout) as limit:
+                if cached is None:  # else that moment comes when the prefill engine is done
                     self._mark(Moment.DECODE_SENT)
                 response = await post(self._fleet.session, endpoint, self._request, body, self._record.leg_headers())
                 try:
                     if not stream:
-                        await relay_whole(response, endpoint, self._reply, self._record, self._cached)
+                        await relay_whole(response, endpoint, self._reply, self._record, cached)
                         return
                     kind = ResponsesRelay if self._request.api is Api.RESPONSES else StreamRelay
                     gaps = self._fleet.metrics.observe_gap
-                    relay = kind(engine, self._reply, self._record, gaps, self._transcript, self._cached)
+                    relay = kind(engine, self._reply, self._record, gaps, self._transcript, cached)
                     await relay.run(response, limit, settings.between_chunks_timeout)
                 finally:
                     response.close()  # does nothing once the answer was read to its end; before, it aborts the request

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from router.handoff import Handoff
+from router.streaming import run_both
 from tests.router.conftest import Stack, StartStack
 from tests.router.running import wait_for
 from tests.router.scripted_engine import (
@@ -232,6 +233,30 @@ def test_an_answer_that_has_begun_needs_no_prefill_leg_any_more(start_streaming:
     answer = stack.router.complete(stream=True)
     assert answer.status == 200 and answer.body.endswith(b"data: [DONE]\n\n")
     assert prefill.seen[0].ended.is_set() and prefill.released == []
+
+
+def test_nothing_is_left_running_however_often_it_is_cancelled() -> None:
+    ended = []
+
+    async def leg() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            try:
+                await asyncio.sleep(0.5)
+            finally:
+                ended.append("leg")
+
+    async def run() -> None:
+        both = asyncio.create_task(run_both(leg(), leg(), lambda: False))
+        for _ in range(2):
+            await asyncio.sleep(0.05)
+            both.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await both
+        assert len(ended) == 2
+
+    asyncio.run(run())
 
 
 ENDS = {
