@@ -197,10 +197,20 @@ def transfer(
             "tokens more.",
         ),
     ] = None,
+    beside: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=31,
+            help="Real engines: what a hand-over costs so many others in time between tokens; chunks by "
+            "--streamed-chunk.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
 ) -> None:
     """KV from one engine to another: vLLM's connector and ours."""
     from bench.decode import environment
+    from bench.transfer.beside import beside_table, compare_beside
     from bench.transfer.compare import CASES, Plan, compare, table
     from bench.transfer.first_token import compare_first_tokens, first_token_table
     from bench.transfer.next_turn import compare_next_turns, next_turn_table
@@ -220,7 +230,9 @@ def transfer(
     rows: list[Any] = []
     found: Any
     as_table: Any
-    if next_turn is not None:
+    if beside is not None:
+        found, as_table = compare_beside(plan, beside, typer.echo), beside_table
+    elif next_turn is not None:
         found, as_table = compare_next_turns(plan, next_turn, typer.echo), next_turn_table
     elif engines:
         found, as_table = compare_first_tokens(plan, typer.echo), first_token_table

@@ -62,7 +62,10 @@ class Cache:
 
     def ids(self, blocks: Any) -> Any:
         """Numbers of the pages of these blocks, of all layers."""
-        return (np.arange(self.num_layers)[:, None] * self.num_blocks + blocks[None, :]).reshape(-1).astype(np.int32)
+        from kv_transfer.direct.ids import RegionIds
+
+        offsets = np.arange(self.num_layers, dtype=np.int32) * self.num_blocks
+        return RegionIds(offsets, blocks.astype(np.int32))
 
     def pages(self, tensor: Any) -> Any:
         """`[num_layers * num_blocks, words]` in the order of `descriptors`."""
@@ -158,7 +161,8 @@ def check_pages(pipe: Any) -> list[dict[str, Any]]:
                 blocks = [rng.permutation(cache.num_blocks)[:num_blocks] for _ in range(2)]
                 source_ids, ids = cache.ids(blocks[0]), cache.ids(blocks[1])
                 expected = cache.pages(local).clone()
-                expected[torch.from_numpy(ids).cuda().long()] = source[torch.from_numpy(source_ids).cuda().long()]
+                to, origin = (torch.from_numpy(np.asarray(i)).cuda().long() for i in (ids, source_ids))
+                expected[to] = source[origin]
                 torch.cuda.synchronize()
                 transfer = copier.start(peer.pages, source_ids, PageList(cache.descriptors(local.data_ptr())), ids)
                 transfer.wait()
@@ -190,7 +194,8 @@ def _check_mixed_lengths(pipe: Any, copier: Any) -> dict[str, Any]:
         return np.concatenate((wide.descriptors(base), narrow.descriptors(base + wide.page_bytes * 400)))
 
     theirs = PageList(rows(int(peer.pages.addresses[0])))
-    ids = np.concatenate((wide.ids(np.arange(0, 100, 3)), 400 + narrow.ids(np.arange(0, 100, 7)))).astype(np.int32)
+    both = wide.ids(np.arange(0, 100, 3)), narrow.ids(np.arange(0, 100, 7))
+    ids = np.concatenate((np.asarray(both[0]), 400 + np.asarray(both[1])))
     copier.start(theirs, ids, PageList(rows(local.data_ptr())), ids).wait()
     offsets = rows(0)[ids]
     for address, length, _ in offsets.astype(np.int64):

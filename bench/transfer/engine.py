@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,28 @@ from prometheus_client import REGISTRY
 from bench.shapes import SHAPES
 from bench.transfer.side import CONNECTORS
 from services.kv_peers import EXTENSION
+
+STREAMED_TOKENS = 6000
+"""That a stream is answered at most, more than a comparison takes."""
+
+_STREAM, _STREAM_SEED = "stream-", 4001
+_NOTHING_SECONDS = 1.8
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one stream on a decode engine saw; seconds.
+
+    Attributes:
+        before, during, after: between its tokens, before a prompt came, until the token after the prompt's first one,
+            and from then on.
+        shared: from when the prompt came to its first token.
+    """
+
+    before: list[float]
+    during: list[float]
+    after: list[float]
+    shared: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,7 @@ class Engine:
         from vllm import LLM
 
         self._num_ids = SHAPES[job.shape].vocab_size - 1
+        self._num_watched = 0
         self._llm = LLM(
             # One directory for all: the connectors compare its name.
             str(SHAPES[job.shape].write_config(Path(tempfile.gettempdir()) / f"tknp-bench-{job.shape}")),
@@ -107,8 +131,67 @@ class Engine:
     def generate(
         self, requests: int, tokens: int, seed: int, offers: list[Any] | None, max_tokens: int = 1
     ) -> tuple[float, list[Any], float]:
+        prompts, sampling = self._requests(requests, tokens, seed, offers, max_tokens)
+        begin = time.perf_counter()
+        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+        end = time.perf_counter()
+        answers = [(output.outputs[0].token_ids[0], output.kv_transfer_params) for output in outputs]
+        return end - begin, answers, end
+
+    def open_streams(self, count: int, tokens: int) -> None:
+        """Requests that are answered until there are others, but only within `watch`."""
+        self._llm.llm_engine.abort_request([f"{_STREAM}{i}" for i in range(count)])
+        prompts, sampling = self._requests(count, tokens, _STREAM_SEED, None, STREAMED_TOKENS)
+        for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            self._llm.llm_engine.add_request(f"{_STREAM}{i}", prompt, params)
+        waiting = {f"{_STREAM}{i}" for i in range(count)}
+        while waiting:
+            waiting -= {output.request_id for output in self._llm.llm_engine.step()}
+
+    def watch(
+        self, lead: float, rest: float, requests: int, tokens: int, seed: int, offers: list[Any] | None
+    ) -> Watched:
+        """Answers the streams for `lead` seconds, until all of the requests with these offers have their first token,
+        and for `rest` seconds; without offers, as long as `_NOTHING_SECONDS` instead of them.
+
+        Raises:
+            RuntimeError: the streams have ended.
+        """
+        engine, missing, came, ended = self._llm.llm_engine, set[str](), 0.0, 0.0
+        prompts, sampling = self._requests(requests, tokens, seed, offers)
+        begin = time.perf_counter()
+        ticks: list[float] = []
+        while not ended or time.perf_counter() < ended + rest:
+            now = time.perf_counter()
+            if not came and now >= begin + lead:
+                came = now
+                for i in range(requests if offers else 0):
+                    missing.add(f"watched-{self._num_watched}-{i}")
+                    engine.add_request(f"watched-{self._num_watched}-{i}", prompts[i], sampling[i])
+            outputs = {output.request_id: output for output in engine.step()}
+            now = time.perf_counter()
+            if f"{_STREAM}0" in outputs:
+                if outputs[f"{_STREAM}0"].finished:
+                    raise RuntimeError(f"a stream has ended after {STREAMED_TOKENS} tokens; measure fewer repeats")
+                ticks.append(now)
+            missing -= outputs.keys()
+            if came and not ended and not missing and (offers or now > came + _NOTHING_SECONDS):
+                ended = now
+        self._num_watched += 1
+        first = max(i for i, tick in enumerate(ticks) if tick <= came)
+        last = min(i for i, tick in enumerate(ticks) if tick > ended)
+        gaps = [b - a for a, b in pairwise(ticks)]
+        return Watched(gaps[:first], gaps[first:last], gaps[last:], ended - came)
+
+    def _requests(
+        self, count: int, tokens: int, seed: int, offers: list[Any] | None, max_tokens: int = 1
+    ) -> tuple[list[Any], list[Any]]:
         from vllm import SamplingParams
 
+        prompts = [
+            {"prompt_token_ids": [(i * 7919 + j * 13 + seed * 101) % self._num_ids + 1 for j in range(tokens)]}
+            for i in range(count)
+        ]
         sampling = [
             SamplingParams(
                 temperature=0,
@@ -117,17 +200,9 @@ class Engine:
                 detokenize=False,
                 extra_args={"kv_transfer_params": offers[i]} if offers else None,
             )
-            for i in range(requests)
+            for i in range(count)
         ]
-        prompts: list[Any] = [
-            {"prompt_token_ids": [(i * 7919 + j * 13 + seed * 101) % self._num_ids + 1 for j in range(tokens)]}
-            for i in range(requests)
-        ]
-        begin = time.perf_counter()
-        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
-        end = time.perf_counter()
-        answers = [(output.outputs[0].token_ids[0], output.kv_transfer_params) for output in outputs]
-        return end - begin, answers, end
+        return prompts, sampling
 
     def shutdown(self) -> None:
         """Ends the engine's own process, too, which would keep its ports."""

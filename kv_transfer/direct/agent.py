@@ -9,7 +9,8 @@ from typing import Any
 
 from kv_transfer.detour import DetourAgent, PreparedList
 from kv_transfer.direct import driver
-from kv_transfer.direct.pages import Ids, Mapping, PageList, RegionIds, as_ids
+from kv_transfer.direct.ids import AnyIds, as_ids
+from kv_transfer.direct.pages import Mapping, PageList
 from kv_transfer.direct.transfer import PageCopier, PageTransfer, Telemetry
 
 _LOCAL = "NIXL_INIT_AGENT"
@@ -24,9 +25,9 @@ class DirectRead:
     peer: str
     notification: bytes
     sources: PageList
-    source_ids: Ids | RegionIds
+    source_ids: AnyIds
     destinations: PageList
-    destination_ids: Ids | RegionIds
+    destination_ids: AnyIds
     transfer: PageTransfer | None = None
 
     def is_done(self) -> bool:

@@ -41,11 +41,13 @@ __device__ __forceinline__ void store(unsigned long long destination, const void
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Page source_ids[i] of `sources` to page destination_ids[i] of `destinations`, for all i. Addresses and lengths are
-// multiples of 16 bytes. One warp per block.
+// Copies num_regions * num_blocks pages, block by block of each region. `ids` are those of `sources`, then those of
+// `destinations`, each `offsets[num_regions], blocks[num_blocks]`: page `offsets[r] + blocks[b]` of a table. They may lie
+// in the host's memory, so they are read a round before they are needed. Addresses and lengths are multiples of 16
+// bytes. One warp per block.
 extern "C" __global__ void __launch_bounds__(32)
-    copy_pages(const unsigned long long* sources, const unsigned long long* destinations, const int* source_ids,
-               const int* destination_ids, int num_pages, int page_bytes, int chunk_bytes, int num_stages)
+    copy_pages(const unsigned long long* sources, const unsigned long long* destinations, const int* ids,
+               int num_regions, int num_blocks, int page_bytes, int chunk_bytes, int num_stages)
 {
     extern __shared__ __align__(128) unsigned char buffers[];
     __shared__ unsigned long long full[MAX_STAGES];
@@ -67,15 +69,27 @@ extern "C" __global__ void __launch_bounds__(32)
         store(targets[stage], buffers + stage * chunk_bytes, sizes[stage]);
         ++num_stored;
     };
-    const int step = gridDim.x;
+    const int step = gridDim.x, num_pages = num_regions * num_blocks;
+    const int* source_ids = ids;
+    const int* destination_ids = ids + num_regions + num_blocks;
+    // Each lane looks up one page, so that 32 of them cost one round trip to memory.
+    int source_offset = 0, source_block = 0, destination_offset = 0, destination_block = 0;
+    auto read_ids = [&](int page) {
+        if (page >= num_pages) return;
+        const int region = page / num_blocks, block = num_regions + page % num_blocks;
+        source_offset = source_ids[region], source_block = source_ids[block];
+        destination_offset = destination_ids[region], destination_block = destination_ids[block];
+    };
+    int own = blockIdx.x + lane * step;
+    read_ids(own);
     for (int first = blockIdx.x; first < num_pages; first += 32 * step) {
-        // Each lane looks up one page, so that 32 of them cost one round trip to memory.
         unsigned long long source = 0, destination = 0;
-        const int own = first + lane * step;
         if (own < num_pages) {
-            source = sources[source_ids[own]];
-            destination = destinations[destination_ids[own]];
+            source = sources[source_offset + source_block];
+            destination = destinations[destination_offset + destination_block];
         }
+        own += 32 * step;
+        read_ids(own);
         for (int i = 0; i < 32 && first + i * step < num_pages; ++i) {
             const unsigned long long from = __shfl_sync(0xffffffffu, source, i);
             const unsigned long long to = __shfl_sync(0xffffffffu, destination, i);

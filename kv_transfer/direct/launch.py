@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from kv_transfer.direct.driver import Kernel
+from kv_transfer.direct.ids import PageIds
 
-Launch = Callable[[Any, Any, Any, Any, int], None]
-"""Starts a copy on the current stream: tables of addresses (int64) of sources and destinations, ids of pages (int32)
-into each, and the pages' length in bytes."""
+Launch = Callable[[Any, Any, Any, PageIds, int], None]
+"""Puts a copy on a stream: tables of addresses (int64, on the GPU) of sources and destinations, ids of the pages, and
+their length in bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,12 @@ class BulkShape:
         # Built from bulk.cu by scripts/bulk_ptx.py: a decode engine needs no compiler.
         kernel = Kernel((Path(__file__).parent / "bulk.ptx").read_bytes(), "copy_pages", shared_bytes)
 
-        def launch(sources: Any, destinations: Any, source_ids: Any, destination_ids: Any, length: int) -> None:
-            num_pages = len(source_ids)
-            pointers = [ctypes.c_uint64(t.data_ptr()) for t in (sources, destinations, source_ids, destination_ids)]
-            counts = [ctypes.c_int(n) for n in (num_pages, length, self.chunk_bytes, self.num_stages)]
-            kernel.launch(
-                min(self.num_blocks, num_pages), 32, torch.cuda.current_stream().cuda_stream, [*pointers, *counts]
-            )
+        def launch(stream: Any, sources: Any, destinations: Any, ids: PageIds, length: int) -> None:
+            # Read by the kernel where they lie: a copy of them would be one more thing to start and to wait for.
+            pointers = [ctypes.c_uint64(t.data_ptr()) for t in (sources, destinations, ids.pinned)]
+            counts = [ids.num_regions, ids.num_blocks, length, self.chunk_bytes, self.num_stages]
+            num_blocks = min(self.num_blocks, ids.num_pages)
+            kernel.launch(num_blocks, 32, stream.cuda_stream, [*pointers, *map(ctypes.c_int, counts)])
 
         return launch
 
@@ -69,19 +69,20 @@ class TileShape:
         """For any device."""
         from kv_transfer.direct.kernel import WORD_BYTES, copy_pages_kernel
 
-        def launch(sources: Any, destinations: Any, source_ids: Any, destination_ids: Any, length: int) -> None:
-            num_pages, tiles_per_page = len(source_ids), -(-length // self.tile_bytes)
-            copy_pages_kernel[(min(self.num_programs, tiles_per_page * num_pages),)](
-                sources,
-                destinations,
-                source_ids,
-                destination_ids,
-                num_pages,
-                length // 16,
-                tiles_per_page,
-                TILE_WORDS=self.tile_bytes // WORD_BYTES,
-                num_warps=self.num_warps,
-            )
+        def launch(stream: Any, sources: Any, destinations: Any, ids: PageIds, length: int) -> None:
+            tiles_per_page = -(-length // self.tile_bytes)
+            with torch.cuda.stream(stream):
+                copy_pages_kernel[(min(self.num_programs, tiles_per_page * ids.num_pages),)](
+                    sources,
+                    destinations,
+                    ids.pinned.to(sources.device, non_blocking=True),
+                    ids.num_regions,
+                    ids.num_blocks,
+                    length // 16,
+                    tiles_per_page,
+                    TILE_WORDS=self.tile_bytes // WORD_BYTES,
+                    num_warps=self.num_warps,
+                )
 
         return launch
 

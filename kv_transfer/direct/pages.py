@@ -10,43 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kv_transfer.direct.ids import AnyIds
+
 ALIGNMENT = 16
 """Bytes, of addresses and lengths: what one thread of the kernel reads at once."""
-
-Ids = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class RegionIds:
-    """Ids of the pages of the same blocks in each region, region by region: `offsets[r] + blocks[b]`.
-
-    A prompt's ids are many times its blocks (32 layers: 65,536 for 32,768 tokens), and the copy waits for them.
-
-    Attributes:
-        offsets: `[num_regions]`.
-        blocks: `[num_blocks]`.
-    """
-
-    offsets: Ids
-    blocks: Ids
-
-    def __len__(self) -> int:
-        return len(self.offsets) * len(self.blocks)
-
-    def __getitem__(self, pages: slice) -> RegionIds:
-        """Of some regions: `pages` must begin and end with one."""
-        bounds = [divmod(page, len(self.blocks)) for page in (pages.start, pages.stop)]
-        (first, _), (end, _) = bounds
-        assert not any(rest for _, rest in bounds), f"{pages} cuts a region of {len(self.blocks)} blocks"
-        return RegionIds(self.offsets[first:end], self.blocks)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return (self.offsets[:, None] + self.blocks).reshape(-1).astype(dtype or np.int32)
-
-
-def as_ids(ids: Any) -> Ids | RegionIds:
-    """As the copier takes them."""
-    return ids if isinstance(ids, RegionIds) else np.asarray(ids, dtype=np.int32)
 
 
 class UnreachableError(RuntimeError):
@@ -103,10 +70,10 @@ class PageList:
             self._table = torch.from_numpy(self.addresses.view(np.int64)).to(device)
         return self._table
 
-    def by_length(self, ids: Ids | RegionIds) -> Iterator[tuple[int, Any]]:
-        """Lengths in bytes, each with the positions in `ids` of its pages."""
+    def by_length(self, ids: AnyIds) -> Iterator[tuple[int, Any]]:
+        """Lengths in bytes, each with a mask of the positions in `ids` of its pages; None for all."""
         if self._is_uniform:
-            yield int(self.lengths[0]), slice(None)
+            yield int(self.lengths[0]), None
             return
         lengths = self.lengths[np.asarray(ids)]
         for length in np.unique(lengths):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from kv_transfer.direct import driver
+from kv_transfer.direct.ids import AnyIds, PageIds
 from kv_transfer.direct.launch import BulkShape, TileShape, default_shape
-from kv_transfer.direct.pages import Ids, PageList, RegionIds
+from kv_transfer.direct.pages import PageList
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,10 @@ class StreamWork:
 class PageTransfer(StreamWork):
     """One copy that was started."""
 
-    def __init__(self, begin: Any, end: Any, num_bytes: int, num_pages: int, post_seconds: float, kept: Any) -> None:
+    def __init__(self, begin: Any, end: Any, num_bytes: int, num_pages: int, post_seconds: float) -> None:
         super().__init__(end)
         self._begin = begin
         self._num_bytes, self._num_pages, self._post_seconds = num_bytes, num_pages, post_seconds
-        self._kept = kept  # what the GPU reads until the end
 
     def telemetry(self) -> Telemetry:
         """Of a finished one."""
@@ -68,44 +69,30 @@ class PageCopier:
         with driver.context(self.device):
             self._launch = (shape or default_shape(self.device)).load()
         self._stream = torch.cuda.Stream(self.device)
+        self._starting = threading.Lock()
+        self._read: deque[tuple[Any, list[PageIds]]] = deque()  # by kernels until an event; torch knows nothing of it
 
     def start(
-        self, sources: PageList, source_ids: Ids | RegionIds, destinations: PageList, destination_ids: Ids | RegionIds
+        self, sources: PageList, source_ids: AnyIds, destinations: PageList, destination_ids: AnyIds
     ) -> PageTransfer:
         """Copies page `source_ids[i]` of `sources` to page `destination_ids[i]` of `destinations`, for all i; no
         destination may be written by anybody else until it is done."""
         started = time.perf_counter()
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        num_bytes, all_ids = 0, []
+        with self._starting, torch.cuda.device(self.device):
+            while self._read and self._read[0][0].query():
+                self._read.popleft()
             tables = sources.table(self.device), destinations.table(self.device)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record(self._stream)
-            ids = self._on_gpu(source_ids, destination_ids)
-            num_bytes = 0
-            for length, positions in destinations.by_length(destination_ids):
-                chosen = positions if isinstance(positions, slice) else torch.from_numpy(positions)
-                from_ids, to_ids = (row[chosen] for row in ids)
-                self._launch(*tables, from_ids, to_ids, length)
-                num_bytes += length * len(to_ids)
+            for length, mask in destinations.by_length(destination_ids):
+                ids = PageIds.of(source_ids, destination_ids, mask)
+                self._launch(self._stream, *tables, ids, length)
+                num_bytes += length * ids.num_pages
+                all_ids.append(ids)
             end.record(self._stream)
-        seconds = time.perf_counter() - started
-        return PageTransfer(begin, end, num_bytes, len(source_ids), seconds, ids)
-
-    def _on_gpu(self, sources: Ids | RegionIds, destinations: Ids | RegionIds) -> Any:
-        """`[2, num_pages]`, by one copy and one kernel, for each of which the host takes tens of microseconds."""
-        if isinstance(sources, RegionIds) and isinstance(destinations, RegionIds):
-            num_regions = len(sources.offsets)
-            if num_regions == len(destinations.offsets):
-                there = self._copied(sources.offsets, sources.blocks, destinations.offsets, destinations.blocks)
-                return (there[:, :num_regions, None] + there[:, None, num_regions:]).view(2, -1)
-        return self._copied(np.asarray(sources), np.asarray(destinations))
-
-    def _copied(self, *parts: Any) -> Any:
-        """Half of them in each of two rows."""
-        # Torch keeps it until it was read.
-        pinned = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=True)
-        # By numpy: torch wakes a thread per core to copy more than 32,768 of them, which takes 4 ms on 64 cores.
-        np.concatenate(parts, out=pinned.numpy())
-        return pinned.to(self.device, non_blocking=True).view(2, -1)
+            self._read.append((end, all_ids))
+        return PageTransfer(begin, end, num_bytes, len(source_ids), time.perf_counter() - started)
 
     def run(self, work: Callable[[], None]) -> StreamWork:
         """Starts what `work` asks of torch, after all that was started before."""

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from kv_transfer.direct.pages import Ids, PageList
+from kv_transfer.direct.ids import Ids
+from kv_transfer.direct.pages import PageList
 
 
 class Work(Protocol):

@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 from vllm.logger import init_logger
 
-from kv_transfer.direct.pages import Ids, Mapping, PageList
+from kv_transfer.direct.ids import Ids
+from kv_transfer.direct.pages import Mapping, PageList
 from kv_transfer.packed import ORDER_SECONDS, SLOT_SECONDS
 from kv_transfer.packed.copier import Copier
 from kv_transfer.packed.fp8 import HeadShape

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kv_transfer.direct.pages import Ids, PageList
+from kv_transfer.direct.ids import Ids
+from kv_transfer.direct.pages import PageList
 from kv_transfer.direct.transfer import Telemetry
 from kv_transfer.packed.copier import Work
 

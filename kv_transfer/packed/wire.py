@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kv_transfer.direct.pages import Ids, PageList
+from kv_transfer.direct.ids import Ids
+from kv_transfer.direct.pages import PageList
 from kv_transfer.packed import fp8
 from kv_transfer.packed.copier import Copier, Work
 

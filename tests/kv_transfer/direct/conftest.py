@@ -16,7 +16,8 @@ import torch
 from kv_transfer import path
 from kv_transfer.direct import agent, driver
 from kv_transfer.direct.driver import Segment
-from kv_transfer.direct.pages import Ids, PageList, RegionIds
+from kv_transfer.direct.ids import AnyIds
+from kv_transfer.direct.pages import PageList
 from kv_transfer.direct.transfer import Telemetry
 
 
@@ -44,7 +45,7 @@ class HostCopier:
         self.device = torch.device("cpu")
 
     def start(
-        self, sources: PageList, source_ids: Ids | RegionIds, destinations: PageList, destination_ids: Ids | RegionIds
+        self, sources: PageList, source_ids: AnyIds, destinations: PageList, destination_ids: AnyIds
     ) -> HostTransfer:
         num_bytes = 0
         for source, destination in zip(np.asarray(source_ids), np.asarray(destination_ids), strict=True):

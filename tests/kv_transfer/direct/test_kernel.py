@@ -30,16 +30,18 @@ def words(num_pages: int, page_bytes: int) -> Any:
 
 @pytest.mark.parametrize("page_bytes", [16, 1008, 1024, 2112, 4096])
 @pytest.mark.parametrize("num_programs", [1, 3, 64])
-def test_exactly_the_named_pages_are_copied(kernel: Any, page_bytes: int, num_programs: int) -> None:
+@pytest.mark.parametrize("num_regions", [1, 2])
+def test_exactly_the_named_pages_are_copied(kernel: Any, page_bytes: int, num_programs: int, num_regions: int) -> None:
     source, destination = words(20, page_bytes), words(30, page_bytes)
-    source_ids, ids = torch.randperm(20)[:7].int(), torch.randperm(30)[:7].int()
-    expected = destination.clone()
-    expected[ids.long()] = source[source_ids.long()]
+    offsets = torch.tensor([[0, 10], [0, 15]], dtype=torch.int32)[:, :num_regions]
+    blocks = torch.stack((torch.randperm(10)[:7], torch.randperm(15)[:7])).int()
+    expected, pages = destination.clone(), (offsets[:, :, None] + blocks[:, None]).flatten(1).long()
+    expected[pages[1]] = source[pages[0]]
     kernel[(num_programs,)](
         torch.arange(20) * page_bytes + source.data_ptr(),
         torch.arange(30) * page_bytes + destination.data_ptr(),
-        source_ids,
-        ids,
+        torch.cat((offsets, blocks), dim=1).flatten(),
+        num_regions,
         7,
         page_bytes // 16,
         -(-page_bytes // TILE_BYTES),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kv_transfer.direct.pages import Mapping, PageList, RegionIds, UnreachableError, as_ids
+from kv_transfer.direct.pages import Mapping, PageList, UnreachableError
 
 
 def pages(*rows: tuple[int, int]) -> PageList:
@@ -32,24 +32,12 @@ def test_the_kernel_reads_16_bytes_at_once() -> None:
 
 def test_pages_of_one_length_are_one_launch_and_of_several_one_each() -> None:
     same = pages(*[(i * 64, 64) for i in range(4)])
-    assert list(same.by_length(np.array([3, 1], dtype=np.int32))) == [(64, slice(None))]
+    assert list(same.by_length(np.array([3, 1], dtype=np.int32))) == [(64, None)]
     mixed = pages((0, 64), (64, 16), (128, 64))
     assert {length for length, _ in mixed.by_length(np.array([2, 0], dtype=np.int32))} == {64}
-    found = {length: chosen.tolist() for length, chosen in mixed.by_length(np.array([2, 1, 0], dtype=np.int32))}
+    found = {length: mask.tolist() for length, mask in mixed.by_length(np.array([2, 1, 0], dtype=np.int32))}
     assert found == {16: [False, True, False], 64: [True, False, True]}
 
 
 def test_addresses_keep_all_their_bits_on_the_gpu() -> None:
     assert pages((0x7FFF_FFFF_FFF0, 16)).table("cpu").tolist() == [0x7FFF_FFFF_FFF0]
-
-
-def test_ids_by_region_are_those_that_nixl_would_be_given() -> None:
-    ids = RegionIds(np.array([0, 100, 200], dtype=np.int32), np.array([7, 3], dtype=np.int32))
-    assert len(ids) == 6
-    assert np.asarray(ids).tolist() == [7, 3, 107, 103, 207, 203]
-    assert as_ids(ids) is ids
-    assert np.asarray(ids[2:6]).tolist() == [107, 103, 207, 203]
-    with pytest.raises(AssertionError, match="cuts a region of 2 blocks"):
-        ids[1:4]
-    plain = as_ids(np.array([5], dtype=np.int64))
-    assert isinstance(plain, np.ndarray) and plain.dtype == np.int32
