@@ -21,6 +21,7 @@ STREAMED_TOKENS = 6000
 
 _STREAM, _STREAM_SEED = "stream-", 4001
 _NOTHING_SECONDS = 1.8
+_JUST_BEFORE = 20
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Watched:
     """What one stream on a decode engine saw; seconds.
 
     Attributes:
-        before, during, after: between its tokens, before a prompt came, until the token after the prompt's first one,
-            and from then on.
+        before, during, after: between its tokens, just before a prompt came, until the token after the prompt's first
+            one, and from then on.
         shared: from when the prompt came to its first token.
     """
 
@@ -181,7 +182,8 @@ class Engine:
         first = max(i for i, tick in enumerate(ticks) if tick <= came)
         last = min(i for i, tick in enumerate(ticks) if tick > ended)
         gaps = [b - a for a, b in pairwise(ticks)]
-        return Watched(gaps[:first], gaps[first:last], gaps[last:], ended - came)
+        # What was computed before it was watched comes all at once, in the beginning.
+        return Watched(gaps[max(0, first - _JUST_BEFORE) : first], gaps[first:last], gaps[last:], ended - came)
 
     def _requests(
         self, count: int, tokens: int, seed: int, offers: list[Any] | None, max_tokens: int = 1
