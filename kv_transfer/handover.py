@@ -6,6 +6,8 @@ may be on another host, only differences.
     arrival      order to pull                    pulled        first step
        |             |  handshake, queue, | copy |   |              |
        |---- room ---|-------- pull ------|------|---|--- resume ---|
+
+Of a streamed request the pull begins with its prefill's end; what lies between the order and that is in no stage.
 """
 
 from __future__ import annotations
@@ -73,11 +75,11 @@ class HandOverClock:
 
 def _ended(one: _UnderWay, now: float) -> HandOver:
     assert one.record is not None
-    pull = one.record.transfer_end - one.record.transfer_begin
+    pull, waited = one.record.transfer_end - one.record.transfer_begin, one.record.prefill_seconds
     seconds = {
         Stage.ROOM: one.ordered - one.arrived,
         Stage.PULL: pull - one.record.copy_seconds,
-        Stage.RESUME: now - one.ordered - pull,
+        Stage.RESUME: now - one.ordered - waited - pull,
     }
     # Clocks that are set back meanwhile must not end the engine.
     return HandOver(one.record.rank, one.record.path, {stage: max(0.0, s) for stage, s in seconds.items()})

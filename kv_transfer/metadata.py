@@ -79,6 +79,19 @@ class TokenParallelConnectorMetadata(NixlConnectorMetadata):
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Of a streamed request, what was before its prefill's end.
+
+    Attributes:
+        num_bytes: that had arrived.
+        seconds: from the order to pull it.
+    """
+
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class TransferRecord:
     """One request's KV on its way from prefill to the owning rank; times in seconds since the epoch, of the decode
     host. Of a streamed one they begin with the end of its prefill.
@@ -86,7 +99,7 @@ class TransferRecord:
     Attributes:
         copy_seconds: of those in between, how long bytes were on their way; see Copies.
         path: see Copies.
-        hidden_bytes: what of a streamed one had arrived when they begin.
+        hidden_bytes, prefill_seconds: of a streamed one, see Ahead.
     """
 
     rank: int
@@ -97,12 +110,14 @@ class TransferRecord:
     copy_seconds: float = 0.0
     path: str = NO_PATH
     hidden_bytes: int = 0
+    prefill_seconds: float = 0.0
 
     @classmethod
-    def of(cls, rank: int, copies: Copies, begun: float, hidden_bytes: int = 0) -> TransferRecord:
+    def of(cls, rank: int, copies: Copies, begun: float, ahead: Ahead) -> TransferRecord:
         """Of a pull that began then, and is complete now."""
         begin_end = begun, time.time()
-        return cls(rank, copies.kv_bytes, copies.num_copies, *begin_end, copies.seconds, copies.path, hidden_bytes)
+        counted = rank, copies.kv_bytes, copies.num_copies
+        return cls(*counted, *begin_end, copies.seconds, copies.path, ahead.num_bytes, ahead.seconds)
 
     def merged_with(self, other: TransferRecord) -> TransferRecord:
         """The sum, where a rank's tensor-parallel workers each pull a part or a request has several sequences; these
@@ -116,6 +131,7 @@ class TransferRecord:
             copy_seconds=max(self.copy_seconds, other.copy_seconds),
             path=path_of(self.path, other.path),
             hidden_bytes=self.hidden_bytes + other.hidden_bytes,
+            prefill_seconds=min(self.prefill_seconds, other.prefill_seconds),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ class StreamState:
         num_tokens, block_ids: complete, or, of a worker, in the first `num_regions` alone those after
             `num_tokens_before`.
         is_over: also when it is gone.
+        heard: when it said something last, or was asked to, by time.monotonic().
     """
 
     generation: int = 0
@@ -31,9 +33,11 @@ class StreamState:
     num_regions: int = 0
     end: dict[str, Any] | None = None
     is_over: bool = False
+    heard: float = field(default_factory=time.monotonic)
 
     def take(self, kind: str, news: list[Any]) -> None:
         """Raises ValueError, TypeError or AttributeError for what no engine of ours sends."""
+        self.heard = time.monotonic()
         if kind == PROGRESS:
             self.generation, self.num_tokens, self.block_ids = news
         elif kind == LAYERS:

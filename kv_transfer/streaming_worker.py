@@ -18,7 +18,7 @@ from kv_transfer.handshakes import fetch_payload
 from kv_transfer.identity import OFFER_PARAM, Offer
 from kv_transfer.layer_source import LayerSource
 from kv_transfer.lease_check import Stale
-from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferReport
+from kv_transfer.metadata import Ahead, TokenParallelConnectorMetadata, TransferReport
 from kv_transfer.side_channel import SideChannel
 from kv_transfer.stream_reader import StreamReader, StreamState
 from kv_transfer.worker import TokenParallelConnectorWorker
@@ -28,9 +28,9 @@ logger = init_logger(f"vllm.{__name__}")
 _WHOLE = ()
 """Of a part: all regions."""
 
-_STREAM_SECONDS = 900.0
-"""After which a stream that has not ended is given up (`stream_seconds`), as of a prefill engine that has forgotten the
-request; longer than a router waits for a prefill."""
+_STREAM_SECONDS = 30.0
+"""After which a stream of which nothing more is heard is given up (`stream_seconds`). Its prompt waits where there is
+no room for it, perhaps because those that were computed wait for the room that it has here; or it was forgotten."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _StreamedPull:
 
     name: str
     prompt: str
-    deadline: float
+    ordered: float  # by time.monotonic()
     meta: Any = None
     state: StreamState | None = None
     num_held: int = 0
@@ -58,6 +58,11 @@ class _StreamedPull:
     num_regions: int = 0
     layers: list[StreamState] = field(default_factory=list)
     is_cancelled: bool = False
+
+    @property
+    def heard(self) -> float:
+        """When its prefill engine said something last, or was asked to."""
+        return max((self.ordered, *(state.heard for state in (self.state, *self.layers) if state)))
 
     def chunk(self) -> StreamState | None:
         """What all the workers have computed some layers of, if they are at the same chunk."""
@@ -107,10 +112,10 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
 
     def start_load_kv(self, metadata: TokenParallelConnectorMetadata) -> None:
         self._step = metadata.step
-        deadline = time.monotonic() + self._stream_seconds
+        now = time.monotonic()
         for request_id, pull in metadata.pulls.items():
             if pull.stream and pull.owner == self.rank:
-                self._streamed[request_id] = _StreamedPull(pull.stream, pull.prompt, deadline)
+                self._streamed[request_id] = _StreamedPull(pull.stream, pull.prompt, now)
         for request_id in metadata.ended & self._streamed.keys():
             # One that pulls nothing waits for the end all the same, to say that nothing has to be kept for it.
             self._streamed[request_id].is_cancelled = request_id in self._recving_metadata
@@ -161,7 +166,7 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
     def get_transfer_results(self) -> Any:
         results = super().get_transfer_results()
         for request_id in results.failed_recving:
-            self._hidden.pop(request_id, None)
+            self._ahead.pop(request_id, None)
             if request_id in self._streamed:
                 self._drop(request_id)
         return results
@@ -177,7 +182,7 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
                 self._advance(request_id, self._streamed[request_id])
 
     def _advance(self, request_id: str, streamed: _StreamedPull) -> None:
-        state, is_late = streamed.state, time.monotonic() > streamed.deadline
+        state, is_late = streamed.state, time.monotonic() > streamed.heard + self._stream_seconds
         if request_id in self._recv_failures:
             self._drop(request_id)
         elif state is None:  # the handshake, which has a time limit of its own, is under way
@@ -186,7 +191,7 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
         elif streamed.is_cancelled:
             self._give_up(request_id, None)
         elif is_late:
-            self._give_up(request_id, f"it did not end within {self._stream_seconds:.0f} s")
+            self._give_up(request_id, f"nothing more of it was heard for {self._stream_seconds:.0f} s")
         elif state.end is not None:
             self._end(request_id, streamed, state)
         elif state.is_over:
@@ -295,9 +300,11 @@ class StreamingConnectorWorker(TokenParallelConnectorWorker):
             self._drop(request_id)
             super()._read_blocks_for_req(request_id, replace(meta, remote=remote))
             return
-        if request_id not in self._hidden:
-            self._hidden[request_id] = self._pulled.get(request_id, Copies()).kv_bytes
-            self._begun[request_id] = time.time()
+        if request_id not in self._ahead:
+            copies = self._pulled.get(request_id, Copies())
+            waited = (now := time.time()) - self._begun.get(request_id, now)
+            self._ahead[request_id], self._begun[request_id] = Ahead(copies.kv_bytes, waited), now
+            self._pulled[request_id] = replace(copies, seconds=0.0)
         if not self._is_current(request_id, streamed, state):
             return
         offer = Offer.from_param(params.get(OFFER_PARAM))

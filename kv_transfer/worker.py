@@ -22,7 +22,7 @@ from kv_transfer.direct.ids import RegionIds
 from kv_transfer.handshakes import HandshakeExecutor, fetch_payload
 from kv_transfer.identity import ROW_BYTES, HandshakePayload, LeaseTable, Offer
 from kv_transfer.lease_check import LeaseChecks, QuietReads, Stale, Verdict
-from kv_transfer.metadata import TokenParallelConnectorMetadata, TransferRecord, TransferReport
+from kv_transfer.metadata import Ahead, TokenParallelConnectorMetadata, TransferRecord, TransferReport
 from kv_transfer.metrics import TransferStats
 from kv_transfer.packed.read import PeerLostError
 from kv_transfer.path import choose_path
@@ -110,7 +110,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         self._silence_limit = SilenceLimit()
         self._begun: dict[str, float] = {}
         self._pulled: dict[str, Copies] = {}
-        self._hidden: dict[str, int] = {}  # bytes that a streamed request had at its prefill's end
+        self._ahead: dict[str, Ahead] = {}  # of streamed requests whose prefill has ended
         self._ended: dict[str, TransferRecord] = {}
         self._lease_ids: dict[str, str] = {}
         self._released: dict[str, float] = {}
@@ -337,11 +337,11 @@ class TokenParallelConnectorWorker(ChecksumWorker):
         for request_id in results.finished_recving:
             begun, copies = self._begun.pop(request_id, None), self._pulled.pop(request_id, Copies())
             self.kv_bytes_received += copies.kv_bytes
-            hidden = self._hidden.pop(request_id, 0)
+            ahead = self._ahead.pop(request_id, Ahead())
             if begun is not None and request_id in results.failed_recving:
                 self.xfer_stats.record_failure(self.rank)
             elif begun is not None:
-                self._ended[request_id] = record = TransferRecord.of(self.rank, copies, begun, hidden)
+                self._ended[request_id] = record = TransferRecord.of(self.rank, copies, begun, ahead)
                 self.xfer_stats.record_pull(record)
         for request_id in results.finished_sending:
             # Before the scheduler hears of it, and so before anybody can write to these blocks.

@@ -57,7 +57,7 @@ class GenerationRoute:
             tape = state.guard.watch(request, reply)
             work = partial(self._serve, state, request, record, reply)
             admitted = state.admission.run(work, terms, record, reply, *self._conditions(state, request))
-            if await run_until_hang_up(admitted, scope["state"]["outlet"]):
+            if await run_until_hang_up(admitted, scope["state"]["outlet"], reply):
                 record.outcome = Outcome.OK
                 if tape is not None:
                     state.guard.check(request, record, tape)

@@ -271,7 +271,11 @@ class Handoff:
         if not self._fleet.settings.stream_kv or self._request.num_choices > 1:
             return None
         reader = self._fleet.pool.choose(Role.DECODE, self._request, self._tried, prefill)
-        num_tokens, spare = self._request.demand.num_prompt_tokens, self._fleet.settings.stream_kv_spare
+        # All prompts that are computed now count as if they came to its rank, too. Else one of them might find that
+        # this one has taken its room, while its own KV cache takes the room that this one needs to be computed.
+        computed = self._fleet.pool.alive(Role.PREFILL, self._request.model)
+        num_tokens = self._request.demand.num_prompt_tokens + sum(engine.load.num_tokens for engine in computed)
+        spare = self._fleet.settings.stream_kv_spare
         return reader if reader is not None and reader.load.kv.spares(num_tokens, spare) else None
 
     async def _decode(

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from router.outlet import Outlet
+    from router.reply import Reply
 
 
-async def run_until_hang_up(work: Coroutine[Any, Any, None], outlet: Outlet) -> bool:
-    """True if the work ended, False if it was cancelled because the client hung up. The body must have been read."""
+async def run_until_hang_up(work: Coroutine[Any, Any, None], outlet: Outlet, reply: Reply) -> bool:
+    """True if the work ended, False if it was cancelled because the client hung up before it had its whole answer. The
+    body must have been read."""
     task = asyncio.current_task()
     assert task is not None
-    outlet.tell(task.cancel)
+    outlet.tell(lambda: None if reply.is_complete else task.cancel())
     try:
         await work
     except asyncio.CancelledError:

@@ -34,6 +34,7 @@ class Reply:
         self._outlet = outlet
         self._keep: Callable[[bytes], None] | None = None
         self.status: int | None = None  # None until the client got something
+        self.is_complete = False  # True when the client was sent all
         self.is_sending = False  # True while the client does not take what it is sent
 
     @property
@@ -47,6 +48,7 @@ class Reply:
             status, [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *headers]
         )
         await self._send({"type": "http.response.body", "body": body})
+        self.is_complete = True
         if self._keep is not None:
             self._keep(body)
 
@@ -84,6 +86,7 @@ class Reply:
 
     async def end_stream(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
+        self.is_complete = True
 
     async def fail(self, error: RouterError) -> None:
         """The error as the answer, or as the stream's last event if its 200 is out already."""

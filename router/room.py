@@ -118,9 +118,9 @@ class KvRoom:
         return max((rank.num_blocks * rank.block_size for rank in self.ranks), default=None)
 
     def spares(self, num_tokens: int, share: float) -> bool:
-        """Whether a rank that took so many tokens would still have that share of its KV cache to spare; believed of an
-        engine that does not tell."""
-        return self.rooms is None or any(
+        """Whether a rank that took so many tokens would still have that share of its KV cache to spare; not believed of
+        an engine that does not tell."""
+        return self.rooms is not None and any(
             room - num_tokens >= share * rank.num_blocks * rank.block_size
             for room, rank in zip(self.rooms, self.ranks, strict=True)
         )

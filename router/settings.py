@@ -114,7 +114,7 @@ class RouterSettings(DiscoverySettings):
         description="Go on with a stream on another engine when its engine dies; costs about 1 us a chunk.",
     )
     stream_kv: bool = Field(
-        default=True,
+        default=False,
         description="Send the decode leg beside the prefill leg, so that KV cache is pulled while it is computed.",
     )
     stream_kv_spare: float = Field(

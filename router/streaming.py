@@ -3,6 +3,7 @@ part of the KV cache as soon as it is computed (kv_transfer.streaming_worker). T
 as ever.
 
     prefill leg fails   the decode leg is cancelled, unless the client has tokens of it: then it had all it needs
+    decode leg ends     the prefill leg is cancelled, if it does not end soon
     decode leg fails    the prefill leg is cancelled, unless the decode engine was never reached: then the KV cache goes
                         to another one, in the ordinary way
 """
@@ -13,6 +14,7 @@ import asyncio
 import traceback
 from typing import TYPE_CHECKING
 
+from router.cached_usage import PATIENCE
 from router.errors import EngineFailure
 
 if TYPE_CHECKING:
@@ -56,7 +58,10 @@ async def run_both(
     legs = prefilling, decoding = asyncio.create_task(prefill), asyncio.create_task(decode)
     failure = None
     try:
-        await asyncio.wait(legs, return_when=asyncio.FIRST_EXCEPTION)
+        await asyncio.wait(legs, return_when=asyncio.FIRST_COMPLETED)
+        if _failure(prefilling) is _failure(decoding) is None:
+            # A whole answer needs no prefill leg any more: that has little left to say, or its engine is gone.
+            await asyncio.wait(legs, timeout=PATIENCE if decoding.done() else None, return_when=asyncio.FIRST_EXCEPTION)
         if _failure(prefilling) is not None and is_answering():
             await decoding
             return

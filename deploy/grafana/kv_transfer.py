@@ -73,7 +73,7 @@ def _pulls() -> Row:
             ),
             graph(
                 "Hidden behind the prefill",
-                "Share of the bytes that had arrived when the prompt was computed; 0 with --no-stream-kv.",
+                "Share of the bytes that had arrived when the prompt was computed; 0 without --stream-kv.",
                 SHARE,
                 Query(f"{hidden} / {moved}", RANK),
             ),

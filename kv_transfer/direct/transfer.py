@@ -70,7 +70,8 @@ class PageCopier:
             self._launch = (shape or default_shape(self.device)).load()
         self._stream = torch.cuda.Stream(self.device)
         self._starting = threading.Lock()
-        self._read: deque[tuple[Any, list[PageIds]]] = deque()  # by kernels until an event; torch knows nothing of it
+        # Of events, what kernels read until then, and torch, which doesn't know of them, must not give to others.
+        self._read: deque[tuple[Any, list[Any]]] = deque()
 
     def start(
         self, sources: PageList, source_ids: AnyIds, destinations: PageList, destination_ids: AnyIds
@@ -78,20 +79,21 @@ class PageCopier:
         """Copies page `source_ids[i]` of `sources` to page `destination_ids[i]` of `destinations`, for all i; no
         destination may be written by anybody else until it is done."""
         started = time.perf_counter()
-        num_bytes, all_ids = 0, []
         with self._starting, torch.cuda.device(self.device):
             while self._read and self._read[0][0].query():
                 self._read.popleft()
             tables = sources.table(self.device), destinations.table(self.device)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            num_bytes, read = 0, list[Any](tables)
             begin.record(self._stream)
-            for length, mask in destinations.by_length(destination_ids):
-                ids = PageIds.of(source_ids, destination_ids, mask)
-                self._launch(self._stream, *tables, ids, length)
-                num_bytes += length * ids.num_pages
-                all_ids.append(ids)
-            end.record(self._stream)
-            self._read.append((end, all_ids))
+            try:
+                for length, mask in destinations.by_length(destination_ids):
+                    read.append(ids := PageIds.of(source_ids, destination_ids, mask))
+                    self._launch(self._stream, *tables, ids, length)
+                    num_bytes += length * ids.num_pages
+            finally:
+                end.record(self._stream)
+                self._read.append((end, read))
         return PageTransfer(begin, end, num_bytes, len(source_ids), time.perf_counter() - started)
 
     def run(self, work: Callable[[], None]) -> StreamWork:

@@ -283,34 +283,23 @@ def test_requests_aborted_half_way_give_everything_back(stack: Stack, plain_llam
     stack.wait_idle()
 
 
-def test_kv_cache_streams_while_its_prompt_is_computed(stack: Stack, plain_llama: Expected) -> None:
-    for engine in (stack.prefill, stack.decode):
-        assert engine.post("/reset_prefix_cache", {}).status_code == 200
-    wait_for(lambda: _hidden_bytes_of(stack.router, stack), 60, "a request whose KV cache was streamed")
-    asks = [*around_boundaries(seed=1), *crowd(seed=2), *sampled()]
-    assert answers(stack.router, asks, at_once=8) == plain_llama(asks)
-    for cached in (0, 200 // BLOCK * BLOCK):
-        usage = stack.router.post("/v1/completions", completion(tokens(200, 81), 2).body).json()["usage"]
-        assert usage["prompt_tokens_details"]["cached_tokens"] == cached
-    for ask in crowd(seed=9, count=6):
-        with pytest.raises(requests.Timeout):
-            requests.post(stack.router.url + ask.path, json={**ask.body, "max_tokens": 400}, timeout=0.1)
-    stack.wait_idle()
-    assert not stack.decode.metric("tknp_kv_transfer_stale_total", reason="other_prompt")
-
-
-def test_the_decode_leg_comes_after_the_prefill_leg_where_that_is_asked_for(
-    stack: Stack, plain_llama: Expected, log_dir: Path
-) -> None:
-    router = start_router(log_dir, [stack.prefill], [stack.decode], "--no-stream-kv", name="waiting-router")
+def test_kv_cache_streams_while_its_prompt_is_computed(stack: Stack, plain_llama: Expected, log_dir: Path) -> None:
+    router = start_router(log_dir, [stack.prefill], [stack.decode], "--stream-kv", name="streaming-router")
     try:
         router.wait_whole()
         for engine in (stack.prefill, stack.decode):
             assert engine.post("/reset_prefix_cache", {}).status_code == 200
-        asks = [*around_boundaries(seed=1), *crowd(seed=2)]
+        wait_for(lambda: _hidden_bytes_of(router, stack), 60, "a request whose KV cache was streamed")
+        asks = [*around_boundaries(seed=1), *crowd(seed=2), *sampled()]
         assert answers(router, asks, at_once=8) == plain_llama(asks)
-        assert _hidden_bytes_of(router, stack) == 0
+        for cached in (0, 200 // BLOCK * BLOCK):
+            usage = router.post("/v1/completions", completion(tokens(200, 81), 2).body).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+        for ask in crowd(seed=9, count=6):
+            with pytest.raises(requests.Timeout):
+                requests.post(router.url + ask.path, json={**ask.body, "max_tokens": 400}, timeout=0.1)
         stack.wait_idle()
+        assert not stack.decode.metric("tknp_kv_transfer_stale_total", reason="other_prompt")
     finally:
         router.stop()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -355,7 +356,7 @@ class Pair:
 
     def settle(self) -> list[str]:
         """Waits until nothing is held on either side. Returns what was stale since the last call."""
-        run(self.prefill, self.decode, until=lambda: self.prefill.is_idle() and self.decode.is_idle(), limit=50000)
+        run(self.prefill, self.decode, until=lambda: self.prefill.is_idle() and self.decode.is_idle(), seconds=120.0)
         for engine in (self.prefill, self.decode):
             assert engine.num_free_blocks == engine.num_usable_blocks
             engine.scheduler.reset_prefix_cache()
@@ -366,15 +367,16 @@ def prompt(num_tokens: int, seed: int) -> list[int]:
     return random.Random(f"{seed}/{num_tokens}").choices(range(5, 455), k=num_tokens)
 
 
-def run(*engines: Engine, until: Callable[[], bool], limit: int = 5000) -> None:
+def run(*engines: Engine, until: Callable[[], bool], seconds: float = 30.0) -> None:
     """Steps all engines in turn.
 
     Raises:
-        AssertionError: after `limit` rounds it is still not so.
+        AssertionError: after so long it is still not so.
     """
-    for _ in range(limit):
-        if until():
-            return
+    deadline = time.perf_counter() + seconds
+    while not until():
+        assert time.perf_counter() < deadline, (
+            f"not so after {seconds} s: {[list(e.scheduler.requests) for e in engines]}"
+        )
         for engine in engines:
             engine.step()
-    raise AssertionError(f"not reached in {limit} steps; {[list(e.scheduler.requests) for e in engines]}")

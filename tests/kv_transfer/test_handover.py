@@ -241,7 +241,7 @@ def test_half_of_the_ranks_do_not_reach_the_prefill_engine(
         for i, name in enumerate(names):
             tokens = prompt(100, seed + i)
             both.decode.add(name, tokens, 3, both.offer(tokens))
-        run(both.prefill, both.decode, until=lambda: all(name in both.decode.answered for name in names), limit=50000)
+        run(both.prefill, both.decode, until=lambda: all(name in both.decode.answered for name in names), seconds=120.0)
         assert both.settle() == []
         return Counter(both.decode.stats.pop("pull_rank", [])), Counter(both.decode.stats.pop("failure_rank", []))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ def test_a_hand_over_ends_with_the_first_step_after_the_pull(now: list[float]) -
     now[0] = 104.0
     assert clock.start({"r", "other"}) == [HandOver(1, "nixl", {Stage.ROOM: 2.0, Stage.PULL: 0.5, Stage.RESUME: 2.0})]
     assert clock.start({"r"}) == [] and not len(clock)
+
+
+def test_the_prefill_of_a_streamed_request_is_no_part_of_its_hand_over(now: list[float]) -> None:
+    clock = HandOverClock()
+    clock.order("r", arrived=98.0)
+    clock.complete("r", replace(record(5000.0, 5002.0, copy=0.5), prefill_seconds=60.0))
+    now[0] = 163.0
+    (one,) = clock.start({"r"})
+    assert one.seconds == {Stage.ROOM: 2.0, Stage.PULL: 1.5, Stage.RESUME: 1.0}
 
 
 def test_a_rank_s_tensor_parallel_workers_count_as_one(now: list[float]) -> None:

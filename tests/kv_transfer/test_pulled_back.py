@@ -64,7 +64,7 @@ class Conversation:
     def settle(self) -> None:
         """Waits until nothing is held on either side."""
         both = (self.prefill, self.decode)
-        run(*both, until=lambda: all(engine.is_idle() for engine in both), limit=50000)
+        run(*both, until=lambda: all(engine.is_idle() for engine in both), seconds=120.0)
         for engine in both:
             assert engine.num_free_blocks == engine.num_usable_blocks
 

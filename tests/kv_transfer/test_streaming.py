@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -260,12 +261,21 @@ def test_a_prefill_engine_that_dies_in_mid_stream_costs_a_prefill(streams: Calla
     assert both.decode.num_free_blocks == both.decode.num_usable_blocks
 
 
-def test_a_stream_that_never_ends_is_given_up(both: Streams) -> None:
+@pytest.mark.parametrize("num_chunks", [0, 1])
+def test_a_stream_that_says_no_more_is_given_up(
+    both: Streams, num_chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number = both.begin(prompt(500, 1))
-    both.chunk(number, CHUNK)
-    for worker in both.decode.workers:
-        for streamed in worker.connector_worker._streamed.values():
-            streamed.deadline = 0.0
+    both.subscribe()
+    for _ in range(num_chunks):
+        both.chunk(number, CHUNK)
+    now, begun = time.monotonic, time.monotonic()
+    for seconds in (0.9, 1.1):
+        assert f"d{number}" in both.decode.scheduler.requests and not both.decode.stats.get("stale_reason")
+        monkeypatch.setattr(time, "monotonic", lambda ahead=seconds * 30: now() + ahead)
+        both.decode.step()
+    assert now() - begun < 2.5, "the first of these steps came before the limit"
+    monkeypatch.undo()
     run(both.decode, until=lambda: f"d{number}" in both.decode.answered)
     assert both.decode.computed[f"d{number}"] == 502
     both.prefill.abort(f"p{number}")

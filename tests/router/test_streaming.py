@@ -28,6 +28,7 @@ from tests.router.scripted_engine import (
 )
 from tests.router.test_introductions import PEER
 from tests.router.test_leases import lease_of
+from tests.router.test_room import rooms
 from tests.router.test_room import status as room
 
 
@@ -51,9 +52,13 @@ def params(engine: ScriptedEngine, index: int = 0) -> dict[str, Any]:
 @pytest.fixture
 def start_streaming(start_stack: StartStack) -> StartStack:
     def start(**settings: Any) -> Stack:
-        stack = start_stack(kv_peer={**PEER, "streams": True}, **{"stream_kv": True, **settings})
+        settings = {"stream_kv": True, "kv_poll_interval": 0.05, **settings}
+        stack = start_stack(kv_peer={**PEER, "streams": True}, **settings)
+        for engine in stack.decode:
+            engine.ranks = [room(0, 100)]  # of 100 blocks of 16 tokens
         pairs = len(stack.prefill) * len(stack.decode)
         wait_for(lambda: len(stack.router.state.fleet.introductions._peers) == pairs)
+        wait_for(lambda: rooms(stack) == [[1600]] * len(stack.decode))
         return stack
 
     return start
@@ -93,12 +98,48 @@ def test_only_where_it_is_wanted_and_possible(start_streaming: StartStack, start
 
 
 def test_not_where_the_blocks_that_it_takes_may_be_needed_sooner(start_streaming: StartStack) -> None:
-    stack = start_streaming(kv_poll_interval=0.05, stream_kv_spare=0.5)
-    stack.decode[0].ranks = [room(0, 60), room(1, 10)]  # of 100 blocks of 16 tokens
-    wait_for(lambda: stack.router.state.pool.engines[1].load.kv.rooms == [960, 160])
-    for num_tokens, is_streamed in ((160, True), (161, False)):
+    stack = start_streaming(stream_kv_spare=0.5)
+    prefill, decode = stack.prefill[0], stack.decode[0]
+    decode.ranks = [room(0, 60), room(1, 10)]
+    wait_for(lambda: rooms(stack) == [[960, 160]])
+
+    def is_streamed(num_tokens: int) -> bool:
         assert stack.router.complete(prompt=[1] * num_tokens, max_tokens=500).status == 200
-        assert ("tknp_stream" in params(stack.decode[0], -1)) is is_streamed
+        return "tknp_stream" in params(decode, -1)
+
+    assert is_streamed(160) and not is_streamed(161)
+    prefill.behaviour = stall  # for one that needs room later, as it is too long to be streamed
+    other = stack.router.open_stream(prompt=[1] * 161, max_tokens=500)
+    wait_for(lambda: stack.router.state.pool.engines[0].load.num_tokens == 161)
+    prefill.behaviour = answer_prefill
+    decode.ranks = [room(0, 70), room(1, 10)]
+    wait_for(lambda: rooms(stack) == [[1120, 160]])
+    assert is_streamed(1120 - 800 - 161) and not is_streamed(1120 - 800 - 160)
+    other.close()
+
+
+def test_not_to_an_engine_whose_room_is_not_known(start_streaming: StartStack) -> None:
+    stack = start_streaming()
+    stack.decode[0].ranks = []
+    wait_for(lambda: rooms(stack) == [None])
+    assert stack.router.complete().status == 200
+    assert "tknp_stream" not in params(stack.decode[0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_whole_answer_does_not_wait_for_the_prefill_leg(start_streaming: StartStack, stream: bool) -> None:
+    stack = start_streaming()
+    prefill = stack.prefill[0]
+    prefill.behaviour = stall
+    raw = stack.router.open_stream(stream=stream)
+    answer = b""
+    while b"[DONE]" not in answer and not (answer.endswith(b"}") and not stream):
+        answer += raw.recv(4096)
+    raw.close()  # which is no hang-up: the client has all that it asked for
+    assert prefill.seen[0].cancelled.wait(10)
+    wait_for(stack.router.is_idle)
+    ((_, record),) = stack.router.state.records._finished.items()
+    assert record.as_dict()["outcome"] == "ok"
 
 
 USAGE = b'{"choices":[],"usage":{"prompt_tokens_details":{"cached_tokens":700}}}'

@@ -18,11 +18,11 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS, help="short: two minutes; thousand: 1,000 requests; hour")
     parser.add_argument("--seed", type=int, default=1, help="Of the traffic and the faults.")
     parser.add_argument("--seconds", type=float, help="Other than the preset's.")
-    parser.add_argument("--no-stream-kv", action="store_true", help="Decode engines pull when prompts are computed.")
+    parser.add_argument("--stream-kv", action="store_true", help="Decode engines pull while prompts are computed.")
     parser.add_argument("--log-dir", type=Path, default=Path("logs/soak"), help="Folder for each process's output.")
     parser.add_argument("--output", type=Path, help="File for the summary.")
     given = parser.parse_args()
-    plan = replace(PRESETS[given.preset], seed=given.seed, stream_kv=not given.no_stream_kv)
+    plan = replace(PRESETS[given.preset], seed=given.seed, stream_kv=given.stream_kv)
     if given.seconds is not None:
         plan = replace(plan, seconds=given.seconds, num_requests=0)
     given.log_dir.mkdir(parents=True, exist_ok=True)

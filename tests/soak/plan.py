@@ -18,7 +18,7 @@ class SoakPlan:
     hang_ups: float = 0.0  # share of requests whose client goes away
     slow_clients: float = 0.0  # share of streams that are read slowly
     conversations: float = 0.0  # share of requests that go on with one; prefill engines pull back what was said
-    stream_kv: bool = True  # whether decode engines pull while prompts are computed
+    stream_kv: bool = False  # whether decode engines pull while prompts are computed
     invalid: float = 0.08  # share of requests that must be refused
     request_timeout: float = 300.0  # s; what takes longer is lost
     settle_timeout: float = 90.0  # s after the last request until every block must be free; a lease is 30 s

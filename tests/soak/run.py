@@ -281,10 +281,7 @@ def soak_stack(plan: SoakPlan, model: Path, log_dir: Path) -> Iterator[tuple[lis
         SoakEngine.decode(f"decode-{i}", model, log_dir, size, *options())
         for i, size in enumerate(plan.token_parallel_sizes)
     ]
-    settings = [
-        *(("--pull-back-tokens", "64") if plan.conversations else ()),
-        *(() if plan.stream_kv else ("--no-stream-kv",)),
-    ]
+    settings = [*(("--pull-back-tokens", "64") if plan.conversations else ()), *(("--stream-kv",) * plan.stream_kv)]
     router = start_router(log_dir, [e.service for e in prefill], [e.service for e in decode], *settings)
     try:
         for engine in (*prefill, *decode):
