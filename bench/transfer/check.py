@@ -173,7 +173,8 @@ def check_pages(pipe: Any) -> list[dict[str, Any]]:
                 assert peer.is_unchanged(), "the source was written to"
             else:
                 peer.close()
-    rows += [_check_mixed_lengths(pipe, copier) for copier in copiers.values()]
+    for copier in copiers.values():
+        rows += [_check_mixed_lengths(pipe, copier), _check_lists_that_nobody_keeps(pipe, copier, rng)]
     return rows
 
 
@@ -204,6 +205,28 @@ def _check_mixed_lengths(pipe: Any, copier: Any) -> dict[str, Any]:
     assert torch.equal(local, expected), "mixed lengths"
     peer.close()
     return {"mixed_lengths": True}
+
+
+def _check_lists_that_nobody_keeps(pipe: Any, copier: Any, rng: Any) -> dict[str, Any]:
+    """Many copies at once, each from a list of its own, as with slots of a staging buffer."""
+    import torch
+
+    from kv_transfer.direct.pages import PageList
+
+    cache = Cache(8, 512, 65536)
+    peer = Peer(pipe, cache, 7)
+    source, local = cache.pages(cache.allocate(7)), cache.allocate(8)
+    ours, expected = PageList(cache.descriptors(local.data_ptr())), cache.pages(local).clone()
+    orders = [rng.permutation(len(source)).astype(np.int32).reshape(64, -1) for _ in range(2)]
+    expected[torch.from_numpy(orders[1].reshape(-1)).cuda().long()] = source[orders[0].reshape(-1)]
+    torch.cuda.synchronize()
+    rows = np.stack((peer.pages.addresses, peer.pages.lengths), axis=1)
+    row = np.arange(orders[0].shape[1], dtype=np.int32)
+    started = [copier.start(PageList(rows[a]), row, ours, b) for a, b in zip(*orders, strict=True)]
+    started[-1].wait()
+    assert torch.equal(cache.pages(local), expected), "lists that nobody keeps"
+    peer.close()
+    return {"lists_that_nobody_keeps": len(started)}
 
 
 # -- bandwidth --
