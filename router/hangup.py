@@ -20,7 +20,12 @@ async def run_until_hang_up(work: Coroutine[Any, Any, None], outlet: Outlet, rep
     body must have been read."""
     task = asyncio.current_task()
     assert task is not None
-    outlet.tell(lambda: None if reply.is_complete else task.cancel())
+
+    def on_lost() -> None:
+        if not reply.is_complete:
+            task.cancel()
+
+    outlet.tell(on_lost)
     try:
         await work
     except asyncio.CancelledError:
@@ -29,5 +34,5 @@ async def run_until_hang_up(work: Coroutine[Any, Any, None], outlet: Outlet, rep
         task.uncancel()
         return False
     finally:
-        outlet.tell(None)
+        outlet.forget(on_lost)
     return True

@@ -17,11 +17,16 @@ class Outlet:
         self.is_lost = False  # it is gone
         self._on_lost: Callable[[], object] | None = None
 
-    def tell(self, on_lost: Callable[[], object] | None) -> None:
+    def tell(self, on_lost: Callable[[], object]) -> None:
         """Calls this, and nothing else, when the client is gone; at once if it is already."""
         self._on_lost = on_lost
-        if self.is_lost and on_lost is not None:
+        if self.is_lost:
             on_lost()
+
+    def forget(self, on_lost: Callable[[], object]) -> None:
+        """Does not call this any more. The connection's next request may have said already whom to call."""
+        if self._on_lost is on_lost:
+            self._on_lost = None
 
     def lose(self) -> None:
         self.is_shut = self.is_lost = True

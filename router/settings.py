@@ -121,8 +121,8 @@ class RouterSettings(DiscoverySettings):
         default=0.25,
         ge=0,
         le=1,
-        description="Share of a rank's KV cache that a request must leave to spare to be streamed (--stream-kv): its "
-        "prompt's blocks are taken while that waits and is computed, and others may need them sooner.",
+        description="Share of a rank's KV cache that a prompt, and all that are computed meanwhile, must leave to "
+        "spare to be streamed (--stream-kv): its blocks are taken early, and others may need them sooner.",
     )
     drain_seconds: float = Field(
         default=0.0,

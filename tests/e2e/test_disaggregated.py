@@ -295,6 +295,9 @@ def test_kv_cache_streams_while_its_prompt_is_computed(stack: Stack, plain_llama
         for cached in (0, 200 // BLOCK * BLOCK):
             usage = router.post("/v1/completions", completion(tokens(200, 81), 2).body).json()["usage"]
             assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+        for ask in crowd(seed=8, count=12):
+            assert router.post(ask.path, {**ask.body, "stream": True}).status_code == 200
+        assert not router.metric("tknp_requests_total", outcome="cancelled"), "they closed with their whole answers"
         for ask in crowd(seed=9, count=6):
             with pytest.raises(requests.Timeout):
                 requests.post(router.url + ask.path, json={**ask.body, "max_tokens": 400}, timeout=0.1)

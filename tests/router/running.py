@@ -80,13 +80,17 @@ class RunningRouter:
 
     def open_stream(self, **fields: Any) -> socket.socket:
         """A raw connection on which a streamed completion was asked for; the caller closes it."""
-        body = orjson.dumps({"model": MODEL, "prompt": "hi", "stream": True, **fields})
         raw = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        self.ask_stream(raw, **fields)
+        return raw
+
+    def ask_stream(self, raw: socket.socket, **fields: Any) -> None:
+        """On a connection that is there already."""
+        body = orjson.dumps({"model": MODEL, "prompt": "hi", "stream": True, **fields})
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
         )
-        return raw
 
     def metric(self, name: str, **labels: str) -> float:
         """0.0 if the sample does not exist yet."""

@@ -277,6 +277,26 @@ def test_an_answer_that_has_begun_needs_no_prefill_leg_any_more(start_streaming:
     assert prefill.seen[0].ended.is_set() and prefill.released == []
 
 
+def test_the_next_request_of_a_connection_does_not_wait_for_the_prefill_leg_and_is_heard_to_hang_up(
+    start_streaming: StartStack,
+) -> None:
+    stack = start_streaming()
+    prefill, decode = stack.prefill[0], stack.decode[0]
+    prefill.behaviour = stall
+    raw = stack.router.open_stream()
+    answer = b""
+    while b"0\r\n\r\n" not in answer:
+        answer += raw.recv(4096)
+    prefill.behaviour, decode.behaviour = answer_prefill, stall
+    stack.router.ask_stream(raw)
+    wait_for(lambda: len(decode.seen) == 2)
+    assert not prefill.seen[0].cancelled.is_set(), "the first still waits for its prefill leg"
+    assert prefill.seen[0].cancelled.wait(10)
+    raw.close()
+    assert decode.seen[1].cancelled.wait(10)
+    wait_for(stack.router.is_idle)
+
+
 def test_nothing_is_left_running_however_often_it_is_cancelled() -> None:
     ended = []
 
