@@ -30,7 +30,10 @@ def _exchange(transport: GlooTransport, rank: int) -> None:
 
 def _die_early(transport: GlooTransport, rank: int) -> None:
     if rank == 1:
+        # Not before the other has connected, too: the processes are not equally soon.
+        transport.wait(transport.start(recvs=[(torch.empty(4), 0)]))
         os._exit(0)
+    transport.wait(transport.start(sends=[(torch.zeros(4), 1)]))
     with pytest.raises(RuntimeError):
         transport.wait(transport.start(recvs=[(torch.empty(4), 1)]))
 
