@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bench.transfer.compare import Plan
 from bench.transfer.engine import STREAMED_TOKENS, EngineJob, Watched, serve
-from bench.transfer.first_token import OFFER, introduce
+from bench.transfer.first_token import OFFER, introduce, stream_params
 from bench.transfer.process import Served, ready
 
 STREAM_TOKENS = 2048
@@ -110,11 +110,10 @@ def _watch(prefill: Served, decode: Served, way: str, requests: int, tokens: int
         _, prefilled, _ = prefill.ask("generate", *ask, [OFFER] * requests)
         watched = decode.ask("watch", *window, *ask, [offer for _, offer in prefilled])
     else:
-        names = [f"beside-{requests}-{tokens}-{seed}-{i}" for i in range(requests)]
-        where = {**prefill.ask("peer"), "do_remote_prefill": True, "do_remote_decode": False}
-        decode.tell("watch", *window, *ask, [{**where, "tknp_stream": name} for name in names])
+        streams, ahead = stream_params(prefill, f"beside-{requests}-{tokens}-{seed}", requests)
+        decode.tell("watch", *window, *ask, ahead)
         time.sleep(_LEAD_SECONDS)
-        prefill.ask("generate", *ask, [{**OFFER, "tknp_lease_id": name, "tknp_stream": True} for name in names])
+        prefill.ask("generate", *ask, streams)
         watched = decode.answer()
     return watched
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bench.shapes import SHAPES
 from bench.transfer.compare import BeyondLinkError, Plan
@@ -187,6 +188,14 @@ def introduce(reader: Served, *sources: Served) -> None:
     time.sleep(_CONNECT_SECONDS)
 
 
+def stream_params(prefill: Served, name: str, requests: int) -> tuple[list[Any], list[Any]]:
+    """`kv_transfer_params` of both legs of so many requests, the decode legs of which are sent ahead."""
+    names = [f"{name}-{i}" for i in range(requests)]
+    where = {**prefill.ask("peer"), "do_remote_prefill": True, "do_remote_decode": False}
+    offers = [{**OFFER, "tknp_lease_id": name, "tknp_stream": True} for name in names]
+    return offers, [{**where, "tknp_stream": name} for name in names]
+
+
 def _bare_step(pair: _Engines, seed: int) -> float:
     """Seconds of a request of which all but one token are here: a decode step, as that of one that was pulled."""
     seconds = []
@@ -200,10 +209,8 @@ def _hand_over(pair: _Engines, requests: int, tokens: int, seed: int) -> _Run:
     ask = ("generate", requests, tokens, seed)
     before = pair.decode.ask("kv_bytes")
     if pair.is_ahead:
-        names = [f"{pair.path}-{requests}-{tokens}-{seed}-{i}" for i in range(requests)]
-        where = {**pair.prefill.ask("peer"), "do_remote_prefill": True, "do_remote_decode": False}
-        pair.decode.tell(*ask, [{**where, "tknp_stream": name} for name in names])
-        streams = [{**OFFER, "tknp_lease_id": name, "tknp_stream": True} for name in names]
+        streams, ahead = stream_params(pair.prefill, f"{pair.path}-{requests}-{tokens}-{seed}", requests)
+        pair.decode.tell(*ask, ahead)
         prefill_seconds, prefilled, prefill_end = pair.prefill.ask(*ask, streams)
         _, decoded, end = pair.decode.answer()
         seconds = end - prefill_end
