@@ -13,6 +13,7 @@ from router.errors import EngineFailure, FailureKind, ModelNotFound, NoEngine
 from router.fit import misfit
 from router.load import EngineLoad
 from router.room import has_room
+from router.roster import Roster, Rosters
 from router.types import Endpoint, JsonObject, Role
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ RETRY_AFTER_SECONDS = 5  # about what an engine that was restarted in place need
 class Engine:
     """One engine: whether it is up, the models it serves, and the requests it has from us."""
 
-    def __init__(self, endpoint: Endpoint, breaker_failures: int = 5) -> None:
+    def __init__(
+        self, endpoint: Endpoint, breaker_failures: int = 5, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_change` is called when it may get other requests than before."""
         self.endpoint = endpoint
         self.breaker = CircuitBreaker(breaker_failures)
+        self._on_change = on_change
         self.is_up = False
-        self.is_paused = False  # the operator wants it to end what it has
-        self.is_leaving = False  # discovery does: it is gone, is not ready, or is to have another role
+        self._is_paused = False
+        self._is_leaving = False
         self.down_reason = "not checked yet"
         self.models: dict[str, JsonObject] = {}  # name -> vLLM's model card
         self.kv_traits: dict[str, str] = {}  # what must be equal on both sides of a hand-off; empty if it does not tell
@@ -45,31 +50,66 @@ class Engine:
         self.suspected = asyncio.Event()  # wakes the health check before its time
 
     @property
+    def is_paused(self) -> bool:
+        """The operator wants it to end what it has."""
+        return self._is_paused
+
+    @is_paused.setter
+    def is_paused(self, is_paused: bool) -> None:
+        self._is_paused = is_paused
+        self._on_change()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Discovery wants that: it is gone, is not ready, or is to have another role."""
+        return self._is_leaving
+
+    @is_leaving.setter
+    def is_leaving(self, is_leaving: bool) -> None:
+        self._is_leaving = is_leaving
+        self._on_change()
+
+    @property
     def is_draining(self) -> bool:
         """It ends what it has, and gets nothing new."""
-        return self.is_paused or self.is_leaving
+        return self._is_paused or self._is_leaving
 
     def mark_up(self, models: dict[str, JsonObject], kv_traits: dict[str, str]) -> None:
+        if self.is_up and (models, kv_traits) == (self.models, self.kv_traits):
+            return
         self.models, self.kv_traits = models, kv_traits
         if not self.is_up:
             self.is_up, self.down_reason = True, ""
             logger.info("%s engine %s is up and serves %s", self.endpoint.role, self.endpoint.name, ", ".join(models))
+        self._on_change()
 
     def mark_down(self, reason: str) -> None:
-        if self.is_up:
+        was_up, self.is_up, self.down_reason = self.is_up, False, reason
+        if was_up:
             logger.warning("%s engine %s is down: %s", self.endpoint.role, self.endpoint.name, reason)
             self.load.forget("the engine is down")
-        self.is_up, self.down_reason = False, reason
+            self._on_change()
 
     def succeeded(self) -> None:
         """A request ended well here."""
         self.num_progress += 1
+        was_open = self.breaker.is_open
         self.breaker.succeeded()
+        if was_open:
+            self._on_change()
+
+    def proved(self) -> None:
+        """It has just generated something for the health check."""
+        was_open = self.breaker.is_open
+        self.breaker.proved()
+        if was_open:
+            self._on_change()
 
     def suspect(self, failure: EngineFailure) -> None:
         """A request failed here. A connection that is refused is proof enough; anything else is checked at once."""
         if self.breaker.failed():
             logger.warning("%s engine %s fails request after request", self.endpoint.role, self.endpoint.name)
+            self._on_change()
         if failure.kind is FailureKind.REFUSED:
             self.mark_down(failure.detail)
         self.suspected.set()
@@ -94,11 +134,6 @@ class Engine:
             self.end(share)
 
 
-def _reader(prefill: Engine, decode: Sequence[Engine]) -> Engine | None:
-    """Some engine that can read the KV cache of `prefill`."""
-    return next((d for d in decode if misfit(prefill, d) is None), None)
-
-
 class EnginePool:
     """All engines of both roles, and who chooses among them."""
 
@@ -106,11 +141,14 @@ class EnginePool:
         self.chooser = chooser
         self._breaker_failures = breaker_failures
         self._changed = asyncio.Event()
-        self._set([Engine(endpoint, breaker_failures) for endpoint in endpoints])
+        self._set([self._make(endpoint) for endpoint in endpoints])
+
+    def _make(self, endpoint: Endpoint) -> Engine:
+        return Engine(endpoint, self._breaker_failures, self._forget_rosters)
 
     def add(self, endpoint: Endpoint) -> Engine:
         """It gets requests once a health check has found it up."""
-        engine = Engine(endpoint, self._breaker_failures)
+        engine = self._make(endpoint)
         self._replace([*self.engines, engine])
         return engine
 
@@ -127,6 +165,15 @@ class EnginePool:
         # New lists: /metrics may be walking the old ones on a thread of its own.
         self.engines = engines
         self._of = {role: [engine for engine in engines if engine.endpoint.role is role] for role in Role}
+        self._forget_rosters()
+
+    def _forget_rosters(self) -> None:
+        self._rosters: Rosters | None = None
+
+    def _known(self) -> Rosters:
+        if self._rosters is None:
+            self._rosters = Rosters(self.engines)
+        return self._rosters
 
     async def for_each(self, work: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
         """Runs `work` for every engine from when it joins until it leaves. Never ends, unless `work` raises."""
@@ -142,11 +189,12 @@ class EnginePool:
     def of(self, role: Role) -> list[Engine]:
         return self._of[role]
 
-    def alive(self, role: Role, model: str) -> list[Engine]:
+    def roster(self, model: str) -> Roster:
+        return self._known().of(model)
+
+    def alive(self, role: Role, model: str) -> Sequence[Engine]:
         """The engines that a request for the model may be sent to."""
-        up = [e for e in self.of(role) if e.is_up and not e.is_draining and model in e.models]
-        # Where all of them fail requests, that says more about the requests or the network than about one of them.
-        return [e for e in up if not e.breaker.is_open] or up
+        return self.roster(model).of(role)
 
     def choose(
         self, role: Role, request: GenerationRequest, tried: Collection[Endpoint], prefilled_by: Engine | None = None
@@ -156,24 +204,21 @@ class EnginePool:
         A decode engine is one that can read the KV cache of `prefilled_by`; a prefill engine one whose KV cache some
         decode engine alive can read. Raises NoEngine when there is none at all.
         """
-        engines = self.alive(role, request.model)
-        if not engines:
-            raise self._no_engine(role, request.model)
+        roster = self.roster(request.model)
+        engines, decode = roster.of(role), roster.of(Role.DECODE)
+        if not engines or not decode:
+            raise self._no_engine(role if not engines else Role.DECODE, request.model)
         if role is Role.PREFILL:
-            decode = self.alive(Role.DECODE, request.model)
-            if not decode:
-                raise self._no_engine(Role.DECODE, request.model)
-            engines = [p for p in engines if _reader(p, decode)] or self._refuse_misfits(engines, decode)
+            engines = roster.readable or self._refuse_misfits(engines, decode)
         elif prefilled_by is not None:
-            readers = [d for d in engines if misfit(prefilled_by, d) is None]
-            engines = readers or self._refuse_misfits([prefilled_by], engines)
-        untried = [engine for engine in engines if engine.endpoint not in tried]
+            engines = roster.readers(prefilled_by) or self._refuse_misfits([prefilled_by], engines)
+        untried = [engine for engine in engines if engine.endpoint not in tried] if tried else engines
         return self.chooser.choose(role, untried, request.demand) if untried else None
 
     def local_prefill(self, request: GenerationRequest) -> LocalPrefill | None:
         """Why the request should go to a decode engine alone, by what is known right now; None if it should not."""
-        prefill, decode = (self.alive(role, request.model) for role in Role)
-        return self.chooser.local_prefill(prefill, decode, request)
+        roster = self.roster(request.model)
+        return self.chooser.local_prefill(roster.of(Role.PREFILL), roster.of(Role.DECODE), request)
 
     def has_room(self, request: GenerationRequest) -> bool:
         """Whether a decode engine has room for the request now, and it need not wait for others to end.
@@ -182,35 +227,36 @@ class EnginePool:
         rank could ever hold the request.
         """
         kvs = [engine.load.kv for engine in self.alive(Role.DECODE, request.model)]
-        rooms = [kv.rooms if kv.committed.num_sequences else None for kv in kvs]
-        demand = request.demand
-        is_too_large = demand.num_sequence_tokens > max((kv.capacity or 0 for kv in kvs), default=0)
-        return not kvs or is_too_large or has_room(rooms, demand.num_sequence_tokens, demand.num_choices)
+        rooms = (None if kv.is_idle else kv.rooms for kv in kvs)
+        num_tokens = request.demand.num_sequence_tokens
+        return (
+            not kvs
+            or has_room(rooms, num_tokens, request.demand.num_choices)
+            or num_tokens > max(kv.capacity or 0 for kv in kvs)
+        )
 
     def require(self, model: str, roles: Collection[Role]) -> None:
         """Raises ModelNotFound or NoEngine unless each of the roles has an engine alive for the model.
 
         Without a prefill engine decode engines serve alone, if the settings let them.
         """
-        known = {
-            name for engine in self.of(Role.DECODE) for name in engine.models
-        }  # a dead engine's too: that is a 503
+        known, roster = self._known().known, self.roster(model)  # a dead engine's models are known: that is a 503
         if known and model not in known:
             raise ModelNotFound(
                 f"The model {model!r} is not served here; use one of: {', '.join(sorted(known))}.", param="model"
             )
         for role in roles:
             may_lack = role is Role.PREFILL and self.chooser.serves_decode_only
-            if not may_lack and not self.alive(role, model):
+            if not may_lack and not roster.of(role):
                 raise self._no_engine(role, model)
         if Role.PREFILL in roles:
-            prefill, decode = self.alive(Role.PREFILL, model), self.alive(Role.DECODE, model)
-            if prefill and decode and not any(_reader(p, decode) for p in prefill):
+            prefill, decode = roster.of(Role.PREFILL), roster.of(Role.DECODE)
+            if prefill and decode and not roster.readable:
                 self._refuse_misfits(prefill, decode)
 
     def models(self) -> dict[str, JsonObject]:
         """Name -> model card of everything that a decode engine alive serves."""
-        return {name: card for e in self.of(Role.DECODE) if e.is_up for name, card in e.models.items()}
+        return self._known().cards
 
     def missing(self) -> list[str]:
         """What stands between this pool and its first token; empty when a request can be served."""

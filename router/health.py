@@ -81,7 +81,7 @@ class EngineWatch:
             if is_suspected or not engine.is_up or engine.breaker.is_open or self._now() >= self._proved_until:
                 async with self._patience(settings.generation_check_timeout):
                     await self._generate(next(iter(models)))
-                engine.breaker.proved()
+                engine.proved()
                 self._proved_until = self._now() + settings.generation_check_interval
             engine.mark_up(models, kv_traits)
             self._num_missed = 0

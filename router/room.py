@@ -96,6 +96,7 @@ class KvRoom:
     def __init__(self) -> None:
         self.ranks: tuple[RankKv, ...] = ()
         self.rooms: list[int] | None = None  # tokens, in the order of `ranks`
+        self.capacity: int | None = None  # tokens of the largest rank, None if not known
         self.unknown = "not asked yet"  # why `rooms` is None
         self._num_sequences = self._num_prompt_tokens = self._num_output_tokens = 0
 
@@ -103,19 +104,20 @@ class KvRoom:
         """Takes over what the engine told just now; at least one rank."""
         self.ranks = tuple(ranks)
         self.rooms = expected_rooms(self.ranks, self.committed)
+        self.capacity = max(rank.num_blocks * rank.block_size for rank in ranks)
         self.unknown = ""
 
     def forget(self, why: str) -> None:
-        self.ranks, self.rooms, self.unknown = (), None, why
+        self.ranks, self.rooms, self.capacity, self.unknown = (), None, None, why
 
     @property
     def committed(self) -> Committed:
         return Committed(self._num_sequences, self._num_prompt_tokens, self._num_output_tokens)
 
     @property
-    def capacity(self) -> int | None:
-        """Tokens of the largest rank, None if not known."""
-        return max((rank.num_blocks * rank.block_size for rank in self.ranks), default=None)
+    def is_idle(self) -> bool:
+        """Whether this router has nothing there."""
+        return not self._num_sequences
 
     def spares(self, num_tokens: int, share: float) -> bool:
         """Whether a rank that took so many tokens would still have that share of its KV cache to spare; not believed of
