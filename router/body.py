@@ -15,13 +15,20 @@ class ClientGone(Exception):
     """The client hung up before its request was complete."""
 
 
-async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, max_bytes: int, max_seconds: float) -> bytes:
-    """Raises BodyTooLarge as soon as the limit is known to be passed, CompressedBody, BodyTimeout, or ClientGone."""
+async def read_body(
+    headers: list[tuple[bytes, bytes]], receive: Receive, max_bytes: int, max_seconds: float, is_here: bool = False
+) -> bytes:
+    """Raises BodyTooLarge as soon as the limit is known to be passed, CompressedBody, BodyTimeout, or ClientGone.
+
+    A body of which all `is_here` needs no timer, and most are.
+    """
     for name, value in headers:
         if name == b"content-length" and int(value) > max_bytes:
             raise _too_large(max_bytes, f"{int(value)} bytes")
         if name == b"content-encoding" and value.lower() not in (b"identity", b""):
             raise CompressedBody(f"The body is encoded with {value.decode('latin-1')!r}. Send it as plain JSON.")
+    if is_here:
+        return await _read(receive, max_bytes)
     try:
         async with asyncio.timeout(max_seconds):
             return await _read(receive, max_bytes)

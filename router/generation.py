@@ -82,7 +82,8 @@ class GenerationRoute:
         self, state: RouterState, record: RequestRecord, scope: Scope, receive: Receive
     ) -> GenerationRequest:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        raw = await read_body(headers, receive, state.settings.max_body_bytes, state.settings.body_timeout)
+        limits = state.settings.max_body_bytes, state.settings.body_timeout
+        raw = await read_body(headers, receive, *limits, is_here=scope["state"]["outlet"].has_body)
         trace = tuple((name.decode(), value.decode("latin-1")) for name, value in headers if name in TRACE_HEADERS)
         record.trace = state.tracing.begin(trace)
         request = self._parse(state, raw, record.id, trace)

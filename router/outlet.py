@@ -9,12 +9,13 @@ from collections.abc import Callable
 class Outlet:
     """Set up and kept true by the connection's protocol (router/protocol.py)."""
 
-    __slots__ = ("_on_lost", "is_lost", "is_shut", "write")
+    __slots__ = ("_on_lost", "has_body", "is_lost", "is_shut", "write")
 
     def __init__(self, transport: asyncio.WriteTransport) -> None:
         self.write = transport.write
         self.is_shut = False  # the client takes no more for the moment, or is gone
         self.is_lost = False  # it is gone
+        self.has_body = False  # all of the last request's body has come, and so all of those before
         self._on_lost: Callable[[], object] | None = None
 
     def tell(self, on_lost: Callable[[], object]) -> None:

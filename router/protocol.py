@@ -81,13 +81,14 @@ def limited_protocol(settings: RouterSettings) -> type[asyncio.Protocol]:
                     self._await_headers()
 
         def on_headers_complete(self) -> None:
-            self.in_headers = False
+            self.in_headers = self.outlet.has_body = False
             self._headers_came()
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
             self.in_headers, self.has_completed, self.num_header_bytes = True, True, 0
+            self.outlet.has_body = True
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(InvalidRequest(msg))

@@ -97,6 +97,22 @@ def test_a_connection_is_used_again_after_a_large_body(start_stack: StartStack) 
             assert (response.status, response.read()[:1]) == (200, b"{")
 
 
+def test_a_body_that_never_ends_times_out_after_one_that_came_with_its_headers(start_stack: StartStack) -> None:
+    """On the same connection, and even if it was sent before the first one's answer."""
+    stack = start_stack(body_timeout=0.5)
+    body = orjson.dumps({"model": "tiny", "prompt": "x"})
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection(("127.0.0.1", stack.router.port), timeout=30) as raw:
+        raw.sendall(whole + HEAD + b"Content-Length: %d\r\n\r\n{" % len(body))
+        statuses = []
+        for _ in range(2):
+            response = http.client.HTTPResponse(raw)
+            response.begin()
+            statuses.append(response.status)
+            response.read()
+    assert statuses == [200, 408]
+
+
 def test_content_type_does_not_matter(start_stack: StartStack) -> None:
     stack = start_stack()
     raw = orjson.dumps({"model": "tiny", "prompt": "hi"})
