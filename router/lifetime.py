@@ -217,7 +217,8 @@ class RequestRecord:
             "num_chunks": self.num_chunks,
             "num_continuations": self.num_continuations,
             "moments": {moment.value: at for moment, at in self.moments.items()},
-            "phases": {phase.value: round(seconds, 6) for phase, seconds in self.phases().items()},
+            # round(seconds, 6) takes five times as long.
+            "phases": {phase.value: round(1e6 * seconds) / 1e6 for phase, seconds in self.phases().items()},
             "kv_transfer": self.transfer
             and {
                 "rank": self.transfer.rank,

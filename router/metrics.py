@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -54,27 +54,28 @@ class RouterMetrics:
         )
         # All at once: a rate misses the first event of a series that begins with it.
         self._requests = {key: requests.labels(*key) for key in product((*Api, *Task), Outcome)}
-        phases = Histogram(
+        phases = LoopHistogram(
             "tknp_request_phase_seconds",
             "Seconds in each phase of a request's life; docs of router/lifetime.py say between which moments.",
-            ["phase"],
-            buckets=PHASE_BUCKETS,
-            registry=registry,
+            PHASE_BUCKETS,
+            "phase",
+            list(Phase),
         )
-        self._phases = {phase: phases.labels(phase) for phase in Phase}
-        self._first_token = Histogram(
+        first_token = LoopHistogram(
             "tknp_time_to_first_token_seconds",
             "Seconds from a streamed request's arrival to its first token.",
-            buckets=PHASE_BUCKETS,
-            registry=registry,
+            PHASE_BUCKETS,
         )
         gaps = LoopHistogram(
             "tknp_inter_token_latency_seconds",
             "Seconds between two chunks of a stream; an engine sends one token a chunk unless it is told otherwise.",
             GAP_BUCKETS,
         )
-        registry.register(gaps)
-        self.observe_gap = gaps.observe
+        for histogram in (phases, first_token, gaps):
+            registry.register(histogram)
+        self._observe_phase = {phase: phases.series(phase).observe for phase in Phase}
+        self._observe_first_token = first_token.series().observe
+        self.observe_gap = gaps.series().observe
         local = Counter(
             "tknp_local_prefill_requests",
             "Requests that a decode engine prefilled itself, and why.",
@@ -148,7 +149,7 @@ class RouterMetrics:
 
     def transferred(self, kv_bytes: int, seconds: float) -> None:
         self._kv_bytes.inc(kv_bytes)
-        self._phases[Phase.TRANSFER].observe(seconds)
+        self._observe_phase[Phase.TRANSFER](seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
         if record.outcome is not None:
@@ -156,10 +157,10 @@ class RouterMetrics:
         if record.local_prefill is not None and record.attempts:
             self._local[record.local_prefill].inc()
         for phase, seconds in record.phases().items():
-            self._phases[phase].observe(seconds)
+            self._observe_phase[phase](seconds)
         first_token = record.between(Moment.RECEIVED, Moment.FIRST_TOKEN)
         if first_token is not None:
-            self._first_token.observe(first_token)
+            self._observe_first_token(first_token)
 
 
 class StateCollector(Collector):
