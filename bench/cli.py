@@ -117,6 +117,9 @@ def router(
         list[str], typer.Option("--router", help="Only these: tknp, vllm-router, ...; give it several times.")
     ] = [],  # noqa: B006
     mode: Annotated[list[str], typer.Option(help="Only these: one-leg, two-leg.")] = [],  # noqa: B006
+    num_engines: Annotated[
+        int, typer.Option("--engines", min=1, help="So many of each kind, for the routers that choose among several.")
+    ] = 1,
     router_args: Annotated[str, typer.Option(help="Options of `tknp router` for ours, in one string.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Ours alone, for seconds: whether it works.")] = False,
     peers_dir: Annotated[
@@ -145,7 +148,8 @@ def router(
         modes=tuple(mode),
     )
     plan = Plan.quick() if quick else replace(plan, concurrencies=tuple(streams) or plan.concurrencies)
-    plan = replace(plan, our_options=tuple(shlex.split(router_args)), peers_dir=peers_dir, log_dir=log_dir)
+    plan = replace(plan, num_engines=num_engines, our_options=tuple(shlex.split(router_args)))
+    plan = replace(plan, peers_dir=peers_dir, log_dir=log_dir)
 
     before, parts = read(output) if add and output is not None else ([], [])
 

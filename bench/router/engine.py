@@ -103,28 +103,34 @@ _MISSING = _whole({"detail": "Not Found"}, b"404 Not Found")
 
 
 class FakeEngine:
-    """Listens on a port of its own; `interval` seconds between two events of a stream hold for streams to come."""
+    """Listens on ports of its own, so many that it poses as that many engines, whose requests it counts together;
+    `interval` seconds between two events of a stream hold for streams to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ports: int = 1) -> None:
         self.interval = 0.0
         self.num_generations = 0  # requests for tokens that came since the last reset
         self.num_open = 0  # streams under way
         self.num_cut = 0  # streams whose connection broke before their end
-        self.port = 0
-        self._server: asyncio.Server | None = None
+        self._num_ports = num_ports
+        self._servers: list[asyncio.Server] = []
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def ports(self) -> list[int]:
+        return [server.sockets[0].getsockname()[1] for server in self._servers]
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(f"http://127.0.0.1:{port}" for port in self.ports)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: EngineConnection(self), "127.0.0.1", 0, backlog=4096)
-        self.port = self._server.sockets[0].getsockname()[1]
+        for _ in range(self._num_ports):
+            server = await loop.create_server(lambda: EngineConnection(self), "127.0.0.1", 0, backlog=4096)
+            self._servers.append(server)
 
     async def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
 
 
 class EngineConnection(asyncio.Protocol):

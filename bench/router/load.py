@@ -188,7 +188,7 @@ def _check_legs(
     prefill, decode = engines
     wanted = decode.num_generations if mode is Mode.TWO_LEG and router else 0
     # Requests that failed may have had one leg only; health checks that generate add a few.
-    slack = sum(samples.errors.values()) + 0.02 * decode.num_generations + 5
+    slack = sum(samples.errors.values()) + 0.02 * decode.num_generations + 5 * len(prefill.ports)
     if abs(prefill.num_generations - wanted) > slack:
         raise WrongModeError(
             f"{router.name if router else 'the client'} was to run {mode}, but sent {prefill.num_generations} requests "

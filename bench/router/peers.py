@@ -43,8 +43,8 @@ class Start:
     peers_python: Path
     port: int
     spare_port: int  # for its metrics
-    prefill_url: str
-    decode_url: str
+    prefill_urls: tuple[str, ...]
+    decode_urls: tuple[str, ...]
     keys_file: Path
     our_options: tuple[str, ...] = ()
 
@@ -52,19 +52,21 @@ class Start:
 @dataclass(frozen=True)
 class Router:
     """`command` makes the command line; `is_ours` needs no foreign package. With more than `most_streams` at once it is
-    not measured: it does not hold its rate by far, and every load would last a minute."""
+    not measured: it does not hold its rate by far, and every load would last a minute. Nor is it with several engines,
+    if it does not choose among them."""
 
     name: str
     mode: Mode
     command: Callable[[Start], list[str]]
     is_ours: bool = False
     most_streams: int | None = None
+    chooses: bool = True
 
 
 def _ours(start: Start) -> list[str]:
     """Everything that is off by default is on: keys, traces (the decode engine poses as their collector), the guard."""
-    engines = [f"--prefill-urls={start.prefill_url}", f"--decode-urls={start.decode_url}"]
-    traces = [f"--otlp-traces-endpoint={start.decode_url}/v1/traces", "--otlp-traces-protocol=http/protobuf"]
+    engines = [f"--prefill-urls={','.join(start.prefill_urls)}", f"--decode-urls={','.join(start.decode_urls)}"]
+    traces = [f"--otlp-traces-endpoint={start.decode_urls[0]}/v1/traces", "--otlp-traces-protocol=http/protobuf"]
     extras = [f"--api-keys-file={start.keys_file}", *traces, f"--guard-share={GUARD_SHARE}"]
     command = [sys.executable, "-m", "tknp", "router", "--port", str(start.port)]
     return [*command, *engines, *extras, *start.our_options]
@@ -73,9 +75,10 @@ def _ours(start: Start) -> list[str]:
 def _rust(module: str, pd_flag: str) -> Callable[[Start], list[str]]:
     def command(start: Start) -> list[str]:
         where = ["--host", "127.0.0.1", "--port", str(start.port), "--prometheus-port", str(start.spare_port)]
-        engines = ["--worker-urls", start.decode_url]
+        engines = ["--worker-urls", *start.decode_urls]
         if pd_flag:
-            engines = [pd_flag, "--prefill", start.prefill_url, "--decode", start.decode_url]
+            sides = ("--prefill", start.prefill_urls), ("--decode", start.decode_urls)
+            engines = [pd_flag, *(word for flag, urls in sides for url in urls for word in (flag, url))]
         # Round robin, because "cache aware" would compare prompts, which the others don't do here.
         return [str(start.peers_python), "-m", module, *where, *engines, "--policy", "round_robin"]
 
@@ -84,26 +87,28 @@ def _rust(module: str, pd_flag: str) -> Callable[[Start], list[str]]:
 
 def _script(name: str, with_prefill: bool) -> Callable[[Start], list[str]]:
     def command(start: Start) -> list[str]:
-        urls = [start.prefill_url, start.decode_url] if with_prefill else [start.decode_url]
+        urls = [start.prefill_urls[0], start.decode_urls[0]] if with_prefill else [start.decode_urls[0]]
         return [str(start.peers_python), str(_PROXIES / name), str(start.port), *urls]
 
     return command
 
 
 def _ours_relay(start: Start) -> list[str]:
-    return [sys.executable, str(_PROXIES / "relay.py"), str(start.port), start.decode_url]
+    return [sys.executable, str(_PROXIES / "relay.py"), str(start.port), start.decode_urls[0]]
 
 
 ROUTERS = (
     Router(OURS, Mode.ONE_LEG, _ours, is_ours=True),
     Router("vllm-router", Mode.ONE_LEG, _rust("vllm_router.launch_router", "")),
     Router("sglang-router", Mode.ONE_LEG, _rust("sglang_router.launch_router", "")),
-    Router("fastapi-httpx", Mode.ONE_LEG, _script("fastapi_httpx.py", with_prefill=False), most_streams=64),
-    Router("packet-relay", Mode.ONE_LEG, _ours_relay, is_ours=True),
+    Router(
+        "fastapi-httpx", Mode.ONE_LEG, _script("fastapi_httpx.py", with_prefill=False), most_streams=64, chooses=False
+    ),
+    Router("packet-relay", Mode.ONE_LEG, _ours_relay, is_ours=True, chooses=False),
     Router(OURS, Mode.TWO_LEG, _ours, is_ours=True),
     Router("vllm-router", Mode.TWO_LEG, _rust("vllm_router.launch_router", "--vllm-pd-disaggregation")),
     Router("sglang-router", Mode.TWO_LEG, _rust("sglang_router.launch_router", "--pd-disaggregation")),
-    Router("vllm-toy-proxy", Mode.TWO_LEG, _script("toy_pd.py", with_prefill=True), most_streams=64),
+    Router("vllm-toy-proxy", Mode.TWO_LEG, _script("toy_pd.py", with_prefill=True), most_streams=64, chooses=False),
 )
 
 

@@ -54,6 +54,7 @@ class Plan:
     hold_seconds: float = 120.0  # the most streams at once; 0 for not
     num_events: int = 16
     num_long_events: int = 256
+    num_engines: int = 1  # of each kind
     routers: tuple[str, ...] = ()  # names; empty is all
     modes: tuple[str, ...] = ()
     our_options: tuple[str, ...] = ()
@@ -96,7 +97,7 @@ class Plan:
 
     def chosen(self) -> list[Router]:
         named = [r for r in ROUTERS if not self.routers or r.name in self.routers]
-        return [r for r in named if not self.modes or r.mode in self.modes]
+        return [r for r in named if (not self.modes or r.mode in self.modes) and (r.chooses or self.num_engines == 1)]
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ async def _compare(
     tell: Callable[[str], None],
     keep: Callable[[Comparison], None],
 ) -> None:
-    engines = FakeEngine(), FakeEngine()
+    engines = FakeEngine(plan.num_engines), FakeEngine(plan.num_engines)
     for engine in engines:
         await engine.start()
     try:
@@ -173,7 +174,7 @@ async def _direct(
     results = []
     for repeat in range(plan.repeats):
         for load in plan.loads(repeat=repeat):
-            result = await run_load(load, Mode.ONE_LEG, engines, engines[1].port, cores)
+            result = await run_load(load, Mode.ONE_LEG, engines, engines[1].ports[0], cores)
             tell(_line(result))
             results.append(result)
     return results
@@ -245,7 +246,7 @@ async def _start(
 ) -> RouterProcess:
     """It has answered requests when this returns. Raises RouterFailedError."""
     prefill, decode = engines
-    start = Start(python, free_port(), free_port(), prefill.url, decode.url, keys_file(plan), plan.our_options)
+    start = Start(python, free_port(), free_port(), prefill.urls, decode.urls, keys_file(plan), plan.our_options)
     log = plan.log_dir / f"{router.name}-{router.mode}.log"
     process = RouterProcess(router.name, router.command(start), start.port, cores[0], log)
     try:

@@ -19,6 +19,7 @@ from bench.router.load import Load, Result
 from bench.router.peers import DIRECT, OURS, Mode
 from bench.router.report import FAST, FEW, HELD, LONG, PACED, WHOLE, cost, read, record, rows, summary, table
 from bench.router.run import Comparison, Plan, compare
+from router.types import Role
 
 RESULT = Result(
     router=OURS,
@@ -73,8 +74,11 @@ def runs_of(
 def test_it_runs(tmp_path: Path) -> None:
     cores = os.sched_getaffinity(0)
     output = tmp_path / "router.json"
-    done = CliRunner().invoke(app, ["router", "--quick", "--output", str(output), "--log-dir", str(tmp_path)])
+    options = ["--quick", "--engines", "2", "--output", str(output), "--log-dir", str(tmp_path)]
+    done = CliRunner().invoke(app, ["router", *options])
     assert done.exit_code == 0, done.output
+    for log in tmp_path.glob("tknp-*.log"):
+        assert [log.read_text().count(f'"{role} engine 127.0.0.1:') for role in Role] == [2, 2], "each says it is up"
     found: dict[str, Any] = json.loads(output.read_text())
     assert {(row["router"], row["mode"], row["concurrency"]) for row in found["rows"]} == {
         (OURS, mode, concurrency) for mode in Mode for concurrency in (8, 64)
