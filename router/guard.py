@@ -32,7 +32,7 @@ from router.comparison import (
 )
 from router.errors import RouterError
 from router.types import Api, Role
-from router.upstream import engine_failures, post
+from router.upstream import EngineFailures, post
 
 if TYPE_CHECKING:
     import aiohttp
@@ -250,7 +250,7 @@ class RerunGuard:
         if engine is None:
             return Verdict(GuardResult.SKIPPED)
         endpoint = engine.endpoint
-        with engine.occupied(job.request.demand), engine_failures(endpoint):
+        with engine.occupied(job.request.demand), EngineFailures(endpoint):
             async with asyncio.timeout(self._timeout):
                 response = await post(self._session, endpoint, job.request, job.body)
                 async with response:

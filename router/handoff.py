@@ -25,7 +25,7 @@ from router.stream_fields import CantContinue
 from router.streaming import run_both, stream_params
 from router.token_ids import fetch_text, fetch_token_ids
 from router.types import Api, LocalPrefill, NoContinuation, Outcome, Role
-from router.upstream import engine_failures, post
+from router.upstream import EngineFailures, post
 
 if TYPE_CHECKING:
     import aiohttp
@@ -244,7 +244,7 @@ class Handoff:
         """`cached`: what a decode leg that is under way wants to hear; `kept`: see prefill_body."""
         endpoint = engine.endpoint
         body = prefill_body(self._request, lease.id, is_streamed=cached is not None, kept=kept)
-        with self._leg(engine), engine_failures(endpoint):
+        with self._leg(engine), EngineFailures(endpoint):
             async with asyncio.timeout(self._fleet.settings.prefill_timeout):
                 self._mark(Moment.PREFILL_SENT)
                 response = await post(self._fleet.session, endpoint, self._request, body, self._record.leg_headers())
@@ -288,7 +288,7 @@ class Handoff:
         if lease is not None:
             lease.readers.append(engine.endpoint)
         try:
-            with self._leg(engine), engine_failures(engine.endpoint):
+            with self._leg(engine), EngineFailures(engine.endpoint):
                 await self._relay(engine, body, cached)
         except EngineFailure as failure:
             # Once a decode engine may have read the cache it may also have freed it: only one that was never

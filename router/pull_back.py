@@ -23,7 +23,7 @@ from router.kv_roles import kv_roles
 from router.leases import Lease
 from router.legs import kept_body, kv_params
 from router.types import Api, Role
-from router.upstream import engine_failures, post_to
+from router.upstream import EngineFailures, post_to
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,7 +149,7 @@ class PullBack:
         engine, token_ids = found.engine, request.demand.token_ids
         assert token_ids is not None
         body = kept_body(request.model, list(token_ids[: found.num_cached + 1]), lease_id)
-        with engine_failures(engine.endpoint):
+        with EngineFailures(engine.endpoint):
             async with asyncio.timeout(PATIENCE):
                 response = await post_to(
                     self._session, engine.endpoint, Api.COMPLETIONS, f"{request.id}-kept", body, request.trace_headers

@@ -12,7 +12,7 @@ import orjson
 from router.errors import EngineFailure, FailureKind
 from router.prompt import prompt_fields
 from router.types import Role, Task
-from router.upstream import engine_failures
+from router.upstream import EngineFailures
 
 if TYPE_CHECKING:
     import aiohttp
@@ -92,7 +92,7 @@ async def fetch_text(
 
 async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, task: Task, body: bytes, seconds: float) -> bytes:
     headers = {"Content-Type": "application/json"}
-    with engine_failures(endpoint):
+    with EngineFailures(endpoint):
         async with asyncio.timeout(seconds):
             async with session.post(
                 f"{endpoint.url}{task}", data=body, headers=headers, allow_redirects=False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -11,6 +9,8 @@ import aiohttp
 from router.errors import EngineFailure, EngineRejected, FailureKind
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from router.settings import RouterSettings
     from router.trace_context import TraceHeaders
     from router.types import Endpoint, GenerationRequest
@@ -38,22 +38,37 @@ def engine_headers(settings: RouterSettings) -> dict[str, str]:
     return {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
 
 
-@contextmanager
-def engine_failures(endpoint: Endpoint) -> Iterator[None]:
-    """Turns what the HTTP client and the clock raise into EngineFailure."""
-    try:
-        yield
-    except aiohttp.ConnectionTimeoutError as error:
-        raise EngineFailure(endpoint, FailureKind.CONNECT_TIMEOUT, "connecting to it timed out") from error
-    except TimeoutError as error:
-        raise EngineFailure(endpoint, FailureKind.TIMEOUT, "it did not answer in time") from error
-    except aiohttp.ClientConnectorError as error:
+class EngineFailures:
+    """Turns what the HTTP client and the clock raise within its block into EngineFailure.
+
+    A class, because the frames of a generator that raises lead back to the exception: a cycle of references on Python
+    3.12, in which every such request would stay until a full garbage collection.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if isinstance(error, (aiohttp.ClientError, OSError)):  # TimeoutError is an OSError
+            raise EngineFailure(self._endpoint, *_kind_and_detail(error)) from error
+
+
+def _kind_and_detail(error: aiohttp.ClientError | OSError) -> tuple[FailureKind, str]:
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return FailureKind.CONNECT_TIMEOUT, "connecting to it timed out"
+    if isinstance(error, TimeoutError):
+        return FailureKind.TIMEOUT, "it did not answer in time"
+    if isinstance(error, aiohttp.ClientConnectorError):
         reason = error.os_error.strerror or type(error.os_error).__name__
-        raise EngineFailure(endpoint, FailureKind.REFUSED, f"it can't be reached ({reason})") from error
-    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-        raise EngineFailure(endpoint, FailureKind.DISCONNECT, "the connection broke before the answer's end") from error
-    except aiohttp.ClientError as error:
-        raise EngineFailure(endpoint, FailureKind.GARBAGE, "its answer is not HTTP") from error
+        return FailureKind.REFUSED, f"it can't be reached ({reason})"
+    if isinstance(error, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError)):
+        return FailureKind.DISCONNECT, "the connection broke before the answer's end"
+    return FailureKind.GARBAGE, "its answer is not HTTP"
 
 
 async def post(

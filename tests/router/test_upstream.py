@@ -11,7 +11,7 @@ import pytest
 from router.engines import Engine
 from router.errors import EngineFailure, FailureKind
 from router.types import Endpoint, Role
-from router.upstream import engine_failures
+from router.upstream import EngineFailures
 
 ENDPOINT = Endpoint(Role.DECODE, "http://a:1")
 
@@ -36,14 +36,14 @@ def connector_error(number: int) -> aiohttp.ClientConnectorError:
     ids=lambda value: type(value).__name__,
 )
 def test_what_the_client_raises_is_named(error: Exception, kind: FailureKind) -> None:
-    with pytest.raises(EngineFailure) as caught, engine_failures(ENDPOINT):
+    with pytest.raises(EngineFailure) as caught, EngineFailures(ENDPOINT):
         raise error
     assert caught.value.kind is kind
     assert caught.value.__cause__ is error
 
 
 def test_a_cancellation_is_no_failure() -> None:
-    with pytest.raises(asyncio.CancelledError), engine_failures(ENDPOINT):
+    with pytest.raises(asyncio.CancelledError), EngineFailures(ENDPOINT):
         raise asyncio.CancelledError
 
 
