@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,20 +248,7 @@ def read(path: Path) -> tuple[list[Result], list[dict[str, Any]]]:
     if not path.exists():
         return [], []
     known = json.loads(path.read_text())
-    runs = list(_with_turns(Result(**run) for run in known["runs"]))
-    return runs, [*known["earlier_environments"], known["environment"]]
-
-
-def _with_turns(runs: Iterable[Result]) -> Iterator[Result]:
-    """Files from before runs told their turns: there the order of a router's runs does. `fast` had no turns then."""
-    num_seen: Counter[tuple[str, str, str]] = Counter()
-    for run in runs:
-        key = run.router, run.mode, run.load
-        if run.turn is None and run.load in (WHOLE, LONG, FEW):
-            yield replace(run, turn=num_seen[key])
-            num_seen[key] += 1
-        else:
-            yield run
+    return [Result(**run) for run in known["runs"]], [*known["earlier_environments"], known["environment"]]
 
 
 def record(

@@ -235,24 +235,6 @@ def test_runs_can_be_added_to_a_file(tmp_path: Path) -> None:
     assert (found["environment"], found["earlier_environments"]) == ({"at": "now"}, [{"at": "then"}])
 
 
-def test_a_file_from_before_runs_told_their_turns_keeps_its_ratios(tmp_path: Path) -> None:
-    path = tmp_path / "router.json"
-    runs = [
-        run
-        for name, costs in ((OURS, (30e-6, 90e-6, 60e-6)), ("vllm-router", (20e-6, 60e-6, 40e-6)))
-        for per_chunk in costs
-        for run in runs_of(name, Mode.ONE_LEG, 100e-6, per_chunk, 4000)
-    ]
-    known = record(runs, {"at": "then"})
-    known["runs"] = [{name: value for name, value in run.items() if name != "turn"} for run in known["runs"]]
-    path.write_text(json.dumps(known))
-    results, _ = read(path)
-    assert summary(results)["by_mode"]["one-leg"]["cpu_per_chunk_ratio"] == {"median": 1.5, "low": 1.5, "high": 1.5}
-    assert [run.turn for run in results if run.load == FAST] == [None] * 6, "these were not in turns"
-    path.write_text(json.dumps(record(results, {"at": "now"})))
-    assert read(path)[0] == results
-
-
 def test_added_times_are_differences_to_the_client_without_a_router() -> None:
     direct = replace(RESULT, router=DIRECT, first_token_p50_us=100.0, delivery_p99_us=120.0)
     (row,) = rows([direct, RESULT])
