@@ -109,9 +109,11 @@ def test_not_where_the_blocks_that_it_takes_may_be_needed_sooner(start_streaming
 
     # Of the 160 tokens that can be spared; until the next poll, rooms are right up to a block.
     assert is_streamed(140) and not is_streamed(180)
+    num_seen = len(prefill.seen)
     prefill.behaviour = stall  # for one that needs room later, as it is too long to be streamed
     other = stack.router.open_stream(prompt=[1] * 161, max_tokens=500)
-    wait_for(lambda: stack.router.state.pool.engines[0].load.num_tokens == 161)
+    wait_for(lambda: len(prefill.seen) > num_seen)
+    assert stack.router.state.pool.engines[0].load.num_tokens == 161
     prefill.behaviour = answer_prefill
     decode.ranks = [room(0, 70), room(1, 10)]
     wait_for(lambda: rooms(stack) == [[1120, 160]])
