@@ -24,7 +24,8 @@ class Pull:
         num_readers: how often the offered KV will be read, once for each of the `n` sequences of the client's request;
             the prefill engine frees its blocks after the last.
         offer: what is to be checked when the KV cache has arrived; None if a stock prefill engine offered it.
-        trusted_seconds: of a stock engine's offer, for how long from now on its lease is sure to last.
+        trusted_until: of a stock engine's offer, until when its lease is sure to last. Unix seconds, because an order
+            may reach a rank late, and ranks may be on several machines.
         stream: under which the prefill engine tells what it has computed (kv_transfer.stream_source), and in the end
             makes its offer; None if it had made it before.
         prompt: of a streamed one, the digest that its offer must have.
@@ -33,7 +34,7 @@ class Pull:
     owner: int
     num_readers: int
     offer: Offer | None = None
-    trusted_seconds: float | None = None
+    trusted_until: float | None = None
     stream: str | None = None
     prompt: str = ""
 

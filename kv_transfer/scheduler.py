@@ -44,8 +44,9 @@ _PEER_PARAMS = ("remote_engine_id", "remote_host", "remote_port", "tp_size")
 _CHILD = re.compile(r"\d+_")
 
 _TRUSTED_SHARE = 2 / 3
-"""Of a stock prefill engine's lease, from the request's arrival here: the lease began before that, on the other engine,
-and whether heartbeats reached it, which would renew it, nobody knows."""
+"""Of a stock prefill engine's lease, from the request's arrival at this engine's server. The lease began before that,
+on the other engine, and whether heartbeats reached it, which would renew it, nobody knows. In an engine that is held
+up, the request may come here, and the order to a rank, much later than that."""
 
 _STEP_REST_SECONDS = 0.001
 """vLLM's own."""
@@ -117,7 +118,6 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._sums_blocks = checksums.is_on()
         self._lease_blocks: dict[str, Any] = {}
         self._refused: set[str] = set()
-        self._trusted_until: dict[str, float] = {}
         self._handovers = HandOverClock()
         self._source: StreamSource | None = None
         self._num_steps = 0
@@ -185,9 +185,7 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         if _stream_of(params):
             if "remote_request_id" not in params:
                 self._refuse(request, f"its stream comes without one of {', '.join(_PEER_PARAMS)}")
-        elif offer is None:
-            self._trusted_until[request.request_id] = time.monotonic() + self._kv_lease_duration * _TRUSTED_SHARE
-        elif offer.prompt != prompt_digest(request.prompt_token_ids or ()):
+        elif offer is not None and offer.prompt != prompt_digest(request.prompt_token_ids or ()):
             self._stats.record_stale(0, Stale.OTHER_PROMPT)
             self._refuse(request, "it belongs to another prompt")
         if params.get("pp_size", 1) != 1:
@@ -272,15 +270,17 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
             if any(meta.local_block_ids):
                 self._names[request_id] = str(params.get(REQUEST_ID_PARAM, request_id))
                 self._handovers.order(request_id, requests[request_id].arrival_time)
-            trusted_until = self._trusted_until.pop(request_id, None)
+            offer, stream = Offer.from_param(params.get(OFFER_PARAM)), _stream_of(params)
+            is_stock = any(meta.local_block_ids) and offer is None and not stream
+            trusted_seconds = self._kv_lease_duration * _TRUSTED_SHARE
             pulls[request_id] = Pull(
                 # A request that is aborted before it got blocks has none to fill, but exactly one rank must tell the
                 # prefill engine that it can let its KV go: the root.
                 owner=self._owners.pop(request_id, 0),
                 num_readers=_num_readers(request_id, params),
-                offer=Offer.from_param(params.get(OFFER_PARAM)),
-                trusted_seconds=None if trusted_until is None else trusted_until - time.monotonic(),
-                stream=(stream := _stream_of(params)),
+                offer=offer,
+                trusted_until=requests[request_id].arrival_time + trusted_seconds if is_stock else None,
+                stream=stream,
                 prompt=prompt_digest(requests[request_id].prompt_token_ids or ()) if stream else "",
             )
         lease_ids, self._lease_ids = self._lease_ids, {}
@@ -348,7 +348,6 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         self._owners.pop(request_id, None)
         self._refused.discard(request_id)
         was_pulled_back = self._pulled_back.pop(request_id, False)
-        self._trusted_until.pop(request_id, None)
         self._handovers.forget(request_id)
         wanted = request.kv_transfer_params or {}
         if wanted.get("do_remote_decode") and not self._slots.has_room:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -65,7 +64,7 @@ class _OwnPull(ReqMeta):
 
     num_readers: int = 1
     offer: Offer | None = None
-    trusted_until: float = math.inf  # by time.monotonic()
+    trusted_until: float | None = None
 
 
 class TokenParallelConnectorWorker(ChecksumWorker):
@@ -190,7 +189,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
                 **{**vars(meta), "local_block_ids": local},
                 num_readers=pull.num_readers,
                 offer=pull.offer,
-                trusted_until=math.inf if pull.trusted_seconds is None else time.monotonic() + pull.trusted_seconds,
+                trusted_until=pull.trusted_until,
             )
             if any(local):
                 self._begun[request_id] = now
@@ -296,7 +295,7 @@ class TokenParallelConnectorWorker(ChecksumWorker):
             self._send_pending_recv_notifs(request_id)
             return True
         meta = self._recving_metadata.get(request_id)
-        if meta is not None and time.monotonic() > meta.trusted_until:
+        if meta is not None and meta.trusted_until is not None and time.time() > meta.trusted_until:
             self._reject(request_id, Stale.TOO_LATE, failed)
         if request_id not in self._checks:
             return True

@@ -162,6 +162,27 @@ def test_a_stock_prefill_engine_is_read_while_its_lease_is_sure_to_last(pair: Ca
     assert both.settle() == ["too_late"]
 
 
+def test_a_rank_that_gets_its_order_late_does_not_trust_a_stock_engines_lease_for_longer(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = pair(prefill={"connector": "NixlConnector"})
+    both.decode.scheduler.connector.connector_scheduler._kv_lease_duration = 1.5  # two thirds are trusted
+    tokens = prompt(100, 1)
+    assert both.hand_over(tokens, both.offer(tokens)) == 1
+    others = prompt(100, 2)
+    params = both.offer(others)
+    for connector in both.decode.workers:
+
+        def late(*args: Any, start: Callable[..., None] = connector.start_load_kv, **kwargs: Any) -> None:
+            monkeypatch.undo()
+            time.sleep(1.2)
+            start(*args, **kwargs)
+
+        monkeypatch.setattr(connector, "start_load_kv", late)
+    assert both.hand_over(others, params) == 100
+    assert both.settle() == ["too_late"]
+
+
 def test_our_prefill_engine_feeds_a_stock_decode_engine(pair: Callable[..., Pair]) -> None:
     both = pair(decode={"connector": "NixlConnector", "num_blocks": [60]})
     tokens = prompt(100, 1)
