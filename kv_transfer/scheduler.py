@@ -267,11 +267,12 @@ class TokenParallelConnectorScheduler(NixlPullConnectorScheduler):
         pulls = {}
         for request_id, meta in base.reqs_to_recv.items():
             params = requests[request_id].kv_transfer_params or {}
-            if any(meta.local_block_ids):
+            has_blocks = any(meta.local_block_ids)
+            if has_blocks:
                 self._names[request_id] = str(params.get(REQUEST_ID_PARAM, request_id))
                 self._handovers.order(request_id, requests[request_id].arrival_time)
             offer, stream = Offer.from_param(params.get(OFFER_PARAM)), _stream_of(params)
-            is_stock = any(meta.local_block_ids) and offer is None and not stream
+            is_stock = has_blocks and offer is None and not stream
             trusted_seconds = self._kv_lease_duration * _TRUSTED_SHARE
             pulls[request_id] = Pull(
                 # A request that is aborted before it got blocks has none to fill, but exactly one rank must tell the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -254,7 +254,7 @@ class EnginePool:
             if prefill and decode and not roster.readable:
                 self._refuse_misfits(prefill, decode)
 
-    def models(self) -> dict[str, JsonObject]:
+    def models(self) -> Mapping[str, JsonObject]:
         """Name -> model card of everything that a decode engine alive serves."""
         return self._known().cards
 
